@@ -21,10 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.events import CAUSES, FLOWS, Rows
+from producer.events import CAUSES, FLOWS, Ints, Mask, Rows
 
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
 
 _SEED = int.from_bytes(os.urandom(8))
@@ -50,7 +48,7 @@ def _kind(name: str) -> int:
     return _RESTARTS if name in _PARTS else _WIDE if FLOWS.dtype[name].itemsize > 4 else _NARROW
 
 
-def mixed(columns: Sequence[Ints]) -> Ints:
+def row_hashes(columns: Sequence[Ints]) -> Ints:
     """Return a hash of each row. Unpredictable if one of the columns is."""
     total = columns[0].copy()
     for column in columns[1:]:
@@ -60,7 +58,7 @@ def mixed(columns: Sequence[Ints]) -> Ints:
 
 def connection_keys(host: Ints, boot: Ints, netns: Ints, cookie: Ints, has_cookie: Mask, ends: Sequence[Ints]) -> Ints:
     """Return a key for each record, from hashes of texts; `ends`, addresses and ports, for those without a cookie."""
-    return mixed([host, boot, netns, np.where(has_cookie, cookie, mixed(ends))])
+    return row_hashes([host, boot, netns, np.where(has_cookie, cookie, row_hashes(ends))])
 
 
 def service_port(sport: Ints, dport: Ints) -> Ints:
@@ -140,10 +138,7 @@ class Connections:
             first = accepted & (outcomes & _OPENED != 0)
             growth[:, self._columns[_SENT]] += growth[:, self._columns[_SYN_ACKS]] + first
         return Growth(
-            results[:, 0],
-            growth,
-            results[:, 2],
-            *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED)),
+            results[:, 0], growth, results[:, 2], *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED))
         )
 
     def count_flows(self, rows: Rows, errors: Bytes, srtt_bounds_us: Ints, counts: NDArray[np.void]) -> None:

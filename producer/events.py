@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.void]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 Topic = NewType("Topic", str)
 SchemaId = NewType("SchemaId", int)
 
@@ -259,11 +261,11 @@ class EncodedBatch:
 
     stream: Feed
     payload: NDArray[np.uint8]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    starts: Ints
+    lengths: Ints
     keys: NDArray[np.uint8]
-    key_starts: NDArray[np.int64]
-    key_lengths: NDArray[np.int64]
+    key_starts: Ints
+    key_lengths: Ints
 
     @classmethod
     def of(cls, stream: Feed, key: bytes, value: bytes) -> "EncodedBatch":
@@ -286,7 +288,7 @@ class EncodedBatch:
         ends = self.starts + self.lengths
         return b"".join(map(self.payload.data.__getitem__, map(slice, self.starts.tolist(), ends.tolist())))
 
-    def take(self, rows: NDArray[np.int64]) -> "EncodedBatch":
+    def take(self, rows: Ints) -> "EncodedBatch":
         """Return the messages with the indexes `rows`, in that order."""
         keys = self.keys, self.key_starts[rows], self.key_lengths[rows]
         return EncodedBatch(self.stream, self.payload, self.starts[rows], self.lengths[rows], *keys)
@@ -301,7 +303,7 @@ class Outcome:
     lost: Counter[str] = field(default_factory=Counter)
     """Messages lost, by reason."""
     done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
-    """Batches with no message in flight any more, and the losses of each."""
+    """Batches that have no messages left in flight, and the losses of each."""
 
 
 def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:

@@ -9,13 +9,9 @@ from typing import Any
 
 import fastavro
 
-from producer.events import ALERTS, HEARTBEATS, STREAMS, SchemaId, Stream
+from producer.events import ALERTS, HEARTBEATS, STREAMS, Feed, SchemaId, Stream
 from producer.paths import SCHEMAS
 
-HEARTBEAT_FILE = HEARTBEATS.schema_file
-HEARTBEAT_ID = HEARTBEATS.fixed_schema_id
-ALERT_FILE = ALERTS.schema_file
-ALERT_ID = ALERTS.fixed_schema_id
 FIXED = {each.fixed_schema_id: each.schema_file for each in (*STREAMS, HEARTBEATS, ALERTS)}
 """All schemas by their ids without a registry."""
 
@@ -39,10 +35,10 @@ def frame(schema_id: SchemaId) -> bytes:
 
 
 class RecordEncoder:
-    """Encodes single records in Confluent's wire format."""
+    """Encodes single records of a feed in Confluent's wire format."""
 
-    def __init__(self, file: str, schema_id: SchemaId) -> None:
-        self._schema = fastavro.parse_schema(load_schema(file))
+    def __init__(self, feed: Feed, schema_id: SchemaId) -> None:
+        self._schema = fastavro.parse_schema(load_schema(feed.schema_file))
         self._frame = frame(schema_id)
 
     def encode(self, record: Mapping[str, Any]) -> bytes:

@@ -1,17 +1,14 @@
 """Builds a run of the producer from its configuration."""
 
 import mmap
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from ipaddress import ip_address
-from pathlib import Path
 
-from producer.agent.reload import InForce
+from producer.agent.reload import ConfigReader, InForce
 from producer.agent.runtime import Runtime
 from producer.agent.streams import StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.errors import PermissionDenied
 from producer.events import HEARTBEATS, STREAMS, Topic
 from producer.health.balance import Balance
 from producer.health.board import StatusBoard
@@ -29,7 +26,6 @@ from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.kernel.loader import check_descriptor_limit
 from producer.kernel.pinned import PinFolder
-from producer.kernel.rule_maps import RuleMaps
 from producer.kernel.sequence import EventNumbers
 from producer.kernel.settings import CaptureSettings
 from producer.registry.published import schema_ids
@@ -38,55 +34,25 @@ from producer.spool.quarantine import Quarantine
 from producer.topics import topic
 
 
-class Agent:
-    """One run of the producer.
+def run(
+    config: Config, reader: ConfigReader, stop: Flag, reload: Flag, duration_s: float | None = None
+) -> dict[Topic, Balance]:
+    """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
-    `read` reads the configuration, now and for a reload. The result of `files` differs once one of its files has
-    changed. `located` adds the file and line to a ConfigError.
+    `config` is what `reader` has read. Setting `reload` reads it again and clears the flag. Raises subclasses of
+    RebpfError. After a return, hooks stay attached only if systemd holds them; after an error, only if they are pinned
+    or systemd holds them.
     """
-
-    def __init__(
-        self,
-        read: Callable[[], Config],
-        files: Callable[[], object] = lambda: None,
-        located: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self._files, self._files_read = files, files()  # before they are read: a later change means a reload
-        self._config = read()
-        self._read = read
-        self._located = located
-
-    def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
-        """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
-
-        Setting `reload` reloads the configuration and clears the flag. Raises subclasses of RebpfError. After a return,
-        hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
-        """
-        with ExitStack() as stack:
-            return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
-
-    def _in_force(self, rules: RuleMaps, ruleset: Ruleset, root: Path | None) -> InForce:
-        return InForce(
-            rules,
-            self._config,
-            ruleset,
-            self._read,
-            root,
-            files=self._files,
-            files_read=self._files_read,
-            located=self._located,
-        )
+    with ExitStack() as stack:
+        return build(config, reader, stop, stack).run(stop, reload, duration_s)
 
 
-def build(
-    config: Config, in_force: Callable[[RuleMaps, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
-) -> Runtime:
+def build(config: Config, reader: ConfigReader, stop: Flag, stack: ExitStack) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
     Setting `stop` ends the wait for the registry.
     """
-    if capabilities.missing(capabilities.LOADING):  # first: without them, later steps fail less clearly
-        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    capabilities.require_loading()  # first: without them, later steps fail less clearly
     check_descriptor_limit()
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
@@ -120,7 +86,8 @@ def build(
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    outside = folder, in_force(capture.rules, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
+    in_force = InForce(capture.rules, config, ruleset, reader, root)
+    outside = folder, in_force, web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
 
 

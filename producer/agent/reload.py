@@ -31,6 +31,33 @@ _MOST_ABSENT = 8
 LONG = "reload: the files of the configuration have been read for long: does the disk of one of them hang?"
 
 
+class ConfigReader:
+    """Reads the configuration by `read`, now and for each reload.
+
+    The result of `files` differs once one of its files has changed. `located` adds the file and line to a ConfigError.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Config],
+        files: Callable[[], object] = lambda: None,
+        located: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._read = read
+        self._files = files
+        self._files_read: object = None
+        self.located = located
+
+    def read(self) -> Config:
+        """Read the files."""
+        self._files_read = self._files()  # before they are read: a later change means a reload
+        return self._read()
+
+    def have_changed(self) -> bool:
+        """Whether the files have changed since they were last read."""
+        return self._files() != self._files_read
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """A configuration that was read, and what a reload applies of it."""
@@ -51,11 +78,9 @@ class _Found:
 
 
 class InForce:
-    """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
+    """Keeps the settings and the kernel's rules up to date. `reader` is used in a thread.
 
-    `version` is that of the kernel's rules. `apply` is called with the new configuration after each reload. The result
-    of `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line
-    to a ConfigError.
+    `version` is that of the kernel's rules. `apply` is called with the new configuration after each reload.
     """
 
     def __init__(
@@ -63,18 +88,14 @@ class InForce:
         rules: RuleMaps,
         config: Config,
         ruleset: Ruleset,
-        read: Callable[[], Config],
+        reader: ConfigReader,
         root: Path | None,
         pace: Pace | None = None,
-        files: Callable[[], object] = lambda: None,
-        files_read: object = None,
-        located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pace = pace or Pace()
         self._rules = rules
         self._ruleset = ruleset
-        self._read = read
-        self._located = located
+        self._reader = reader
         self._root = root
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         self._look_pace = Pace()
@@ -84,7 +105,7 @@ class InForce:
         """Its result, if anything has changed."""
         self._look_error: Exception | None = None
         """Why the last look failed."""
-        self._files, self._files_read, self._files_at = files, files_read, 0.0
+        self._files_at = 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = rules.version
         self.restart_needed: tuple[str, ...] = ()
@@ -151,7 +172,7 @@ class InForce:
 
     def _prepare_if_changed(self) -> None:
         """Prepare a reload if a file has changed since the last one."""
-        if self._files() != self._files_read:
+        if self._reader.have_changed():
             self._prepare()
 
     def _prepare(self) -> None:
@@ -160,10 +181,9 @@ class InForce:
 
     def _read_and_compile(self) -> None:
         try:
-            self._files_read = self._files()
-            read = self._read()
+            read = self._reader.read()
             config = effective.in_force(self.config, read)
-            with self._located():
+            with self._reader.located():
                 ruleset = resolve(config, self._root)
                 tables = ruleset.tables()
             self._prepared = _Prepared(read, config, ruleset, tables)

@@ -55,7 +55,7 @@ class Runtime:
     sink: KafkaSink
     streams: Sequence[StreamParts]
     relabel: Callable[[Mapping[str, str]], None]
-    """Sets the labels of the events to come."""
+    """Sets the labels of later events."""
     folder: StateFolder
     in_force: InForce
     web: WebSettings
@@ -233,7 +233,7 @@ class Runtime:
             raise
 
     def _try(self, work: Callable[[], object]) -> object:
-        """Run a part of the shutdown, which goes on if it fails; return its result."""
+        """Run a part of the shutdown, which continues if it fails; return its result."""
         return self.supervisor.attempt("stop", work, None)
 
     def _expire(self) -> None:

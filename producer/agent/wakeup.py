@@ -41,5 +41,5 @@ class Wakeup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The eventfd stays open: another thread may still call, and must not write to what has its number by then.
+        # The eventfd stays open: another thread may still call, and must not write to a file that got its number.
         self._epoll.close()

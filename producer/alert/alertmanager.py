@@ -18,7 +18,7 @@ from producer.errors import UnavailableError
 from producer.host.endpoints import without_path
 from producer.host.http_exchange import Answer, ExchangeError, exchange
 from producer.host.signals import Flag
-from producer.host.text import printable
+from producer.host.text import parse_json, printable
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class Alertmanager(_Receiver):
     def _is_own(self, answer: Answer) -> bool:
         """Return whether the response is from Alertmanager (empty or JSON) and not, for example, a login page."""
         try:
-            json.loads(answer.body.strip() or "{}")
-        except (ValueError, RecursionError):
+            parse_json(answer.body.strip() or "{}")
+        except ValueError:
             return False
         return True
 

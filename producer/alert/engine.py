@@ -17,11 +17,11 @@ from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
 from producer.alert.windows import MOST_GROUP, Room, Windows
 from producer.config.alerts import AlertRule
-from producer.consume.columns import Columns, Mask, Values
+from producer.consume.columns import Columns, Values
 from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.plan import Fields
 from producer.errors import RebpfError
-from producer.events import FLOWS, RETRANSMITS, Stream
+from producer.events import FLOWS, RETRANSMITS, Mask, Stream
 
 _MS_NS = 1_000_000
 AHEAD_NS = 3_600_000_000_000
@@ -71,7 +71,7 @@ class Engine:
         room: Room | None = None,
     ) -> None:
         room = room or Room()
-        self.hosts = hosts or Hosts(0, [], 0)
+        self.hosts = hosts or Hosts(0, [])
         self.counts = counts
         self._decoder = decoder
         self._fleet = Fleet(since_ns, counts)

@@ -1,14 +1,14 @@
 """Remembers which events were counted: one bit per event number, in pages by boot and CPU.
 
-A page is dropped when its last event is old. With memory full, the oldest go.
+A page is dropped when its last event is old. When the memory is full, the oldest are dropped.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from producer.alert.model import Counts
-from producer.consume.columns import Ints, Mask, groups
+from producer.consume.columns import groups
 from producer.consume.gaps import PAGE_BYTES, mark, page_of
+from producer.events import Ints, Mask
 
 _PAGE_COST = PAGE_BYTES + 300
 """Memory of a page with its entries, measured."""
@@ -28,7 +28,7 @@ class EventIds:
         self._last_ns = np.zeros(_FIRST_PAGES, np.int64)
         """Time of the last event of each slot."""
 
-    def add(self, boots: Ints, cpus: Ints, numbers: Ints, ts_ns: Ints) -> NDArray[np.bool_]:
+    def add(self, boots: Ints, cpus: Ints, numbers: Ints, ts_ns: Ints) -> Mask:
         """Add ids; return which are new. A duplicate's time may differ after a clock correction."""
         pages = page_of(numbers)
         rows, firsts = groups(boots, cpus, pages)

@@ -14,9 +14,9 @@ from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.config.alerts import GROUPS, AlertRule
 from producer.connections import GIVEN_UP, Growth, service_port
 from producer.consume.addresses import is_within, network, subnet
-from producer.consume.columns import Columns, Ints, Mask, passing, text_to_map
+from producer.consume.columns import Columns, passing, text_to_map
 from producer.consume.plan import Fields
-from producer.events import CAUSES
+from producer.events import CAUSES, Ints, Mask
 from producer.host.endpoints import endpoint
 
 _SYNS = ("syn", "syn_ack")
@@ -33,7 +33,7 @@ FIELDS: Fields = (
     ("labels", "map?"),
 )
 """The fields of all records that rules group and select by."""
-FLOW = ("host", "saddr", "sport", "daddr", "dport")
+FLOW = GROUPS["flow"]
 _REMEMBERED = 1 << 16
 
 

@@ -35,7 +35,7 @@ class Alert:
     causes: str = ""
     """What makes up the value, largest first: fast=12 rto=3."""
     hosts: str = ""
-    """The hosts with most of it, as far as known from the flows."""
+    """The hosts with most of it, by the flows that are known."""
     flows: str = ""
     """The worst flows, separated by commas."""
 

@@ -5,7 +5,6 @@ everything that Kafka had at that time is counted. The least of these times, les
 that lags behind the others for `wait_s` holds up nothing, and its records are late.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,15 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Me
 
 from producer.alert.engine import Engine, since, stream_of
 from producer.alert.model import Alert, Counts
-from producer.alert.silence import RULE, Hosts
+from producer.alert.silence import Hosts
+from producer.config.alerts import SILENT
 from producer.config.load import Config
 from producer.consume.columns import Values
 from producer.consume.decode import Decoder
 from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
 from producer.events import ALERTS, HEARTBEATS, Stream
+from producer.host.text import parse_json
 from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, offsets, topic_error
 from producer.topics import topic
@@ -127,7 +128,7 @@ class Position:
         return self.until is None or self.still > _STALL_STEPS
 
     def set_end(self, end: int, at_ns: int) -> bool:
-        """Set the current end; return False if the consumer does not follow the partition any more."""
+        """Set the current end; return False if the consumer no longer follows the partition."""
         follows = self.until is None and end >= self.next
         self.until = (end, at_ns)
         return follows
@@ -146,13 +147,7 @@ class Reading:
     """Reads the topics from where the group left off, and decides."""
 
     def __init__(
-        self,
-        config: Config,
-        brokers: str,
-        topics: Topics,
-        alerts: Sequence[Alert],
-        decoder: Decoder,
-        counts: Counts,
+        self, config: Config, brokers: str, topics: Topics, alerts: Sequence[Alert], decoder: Decoder, counts: Counts
     ) -> None:
         self._config, self._topics, self._decoder, self._counts = config.alert, topics, decoder, counts
         self._last_alerts = alerts
@@ -173,9 +168,9 @@ class Reading:
         decided = [_decided_ns(each.metadata, now_ns) for each in committed if each.offset >= 0]
         decided_ns = max(decided, default=0) or (_FIRST_NS if from_beginning else now_ns)
         since_ns = since(self._config.rules, decided_ns, self._config.lookback_s)
-        silent = [alert for alert in self._last_alerts if alert.rule == RULE and self._topics.heartbeats]
+        silent = [alert for alert in self._last_alerts if alert.rule == SILENT and self._topics.heartbeats]
         others = [alert for alert in self._last_alerts if alert not in silent]
-        hosts = Hosts(self._config.missed_heartbeats, silent, 0)
+        hosts = Hosts(self._config.missed_heartbeats, silent)
         self._engine = Engine(self._config.rules, others, decided_ns, since_ns, self._decoder, self._counts, hosts)
         self._committed = {PartitionId(each.topic, each.partition): each for each in committed}
         self._add_partitions()
@@ -317,8 +312,8 @@ class Reading:
 def _decided_ns(metadata: str | None, now_ns: int) -> int:
     """Return the time in committed metadata, which another program may have written; 0 if there is none."""
     try:
-        found = json.loads(metadata or "{}")
+        found = parse_json(metadata or "{}")
         at_ns = found.get("decided_ns", 0)
         return min(now_ns, at_ns) if type(at_ns) is int and at_ns > 0 else 0
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, AttributeError):
         return 0

@@ -9,8 +9,8 @@ from typing import Any
 
 from producer.alert.evaluate import RATIOS
 from producer.alert.model import Alert
-from producer.events import SchemaId
-from producer.schemas import ALERT_FILE, RecordEncoder
+from producer.events import ALERTS, SchemaId
+from producer.schemas import RecordEncoder
 
 _MOST_SUMMARY = 4000
 """Characters that readers decode, about."""
@@ -20,7 +20,7 @@ class AlertEncoder:
     """Encodes alerts."""
 
     def __init__(self, schema_id: SchemaId) -> None:
-        self._encoder = RecordEncoder(ALERT_FILE, schema_id)
+        self._encoder = RecordEncoder(ALERTS, schema_id)
 
     def encode(self, alert: Alert, now_s: float) -> tuple[bytes, bytes]:
         """Return the message's key and value; `now_s` is the time in seconds since 1970 UTC."""

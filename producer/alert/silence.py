@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from producer.alert.model import Alert
 from producer.alert.windows import MOST_GROUP, MOST_SEGS
+from producer.config.alerts import SILENT
 
-RULE, MEASURE = "silent", "silence"
+MEASURE = "silence"
 MOST_HOSTS = 100_000
 """Most hosts to track; others are ignored."""
 _LEAST_S, _MOST_S = 0.1, 86_400.0
@@ -34,13 +35,13 @@ class _Heard(NamedTuple):
 class Hosts:
     """Finds silent hosts: no heartbeat for `missed` of their intervals, and the last one did not report `stopped`."""
 
-    def __init__(self, missed: float, last_alerts: Iterable[Alert], first: int) -> None:
+    def __init__(self, missed: float, last_alerts: Iterable[Alert]) -> None:
         self._missed = missed
         self._live: dict[str, _Heard] = {}
         self._silent = {alert.group: alert for alert in last_alerts if alert.firing}
         self._changes: list[Alert] = []
         self._read_to_ns = 0
-        self.next = first
+        self.next = 0
         """The offset to read next."""
 
     @property
@@ -107,7 +108,7 @@ class Hosts:
 
 def _alert(host: str, silent_s: float, heard: _Heard) -> Alert:
     return Alert(
-        rule=RULE,
+        rule=SILENT,
         by="host",
         group=host,
         firing=True,

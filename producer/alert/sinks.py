@@ -14,8 +14,8 @@ from producer.events import ALERTS, SchemaId, Topic
 from producer.host.output import echo
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
+from producer.registry.published import schemas_by_topic
 from producer.registry.schema_ids import SchemaIds
-from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
 from producer.topics import topic
 
 
@@ -41,10 +41,10 @@ def open_sinks(
 
 def _schema_id(config: Config, alerts: Topic, stop: Flag | None) -> SchemaId:
     if config.registry.url is None:
-        return ALERT_ID
+        return ALERTS.fixed_schema_id
     registry = SchemaIds(config.registry, cache=None, stop=stop)
     try:
-        return registry.find({alerts: load_schema(ALERT_FILE)})[alerts]
+        return registry.find(schemas_by_topic(config, [ALERTS]))[alerts]
     except SchemaError as error:
         raise SchemaError(f"{error} with --alerts") from error
 

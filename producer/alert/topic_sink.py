@@ -18,7 +18,7 @@ _AT_ONCE_S = 1.0
 _SILENT_S = 300.0
 """The client is replaced then, as the producer's: it may wait for a partition's leader for good."""
 _FORBIDDEN = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
-"""The second of a user who may write to no topic: brokers give it no id as a producer."""
+"""The second one if a user may not write to any topic: brokers then refuse it a producer id."""
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from producer.alert.measure import FLOW, Measured, Selection, flow_names, measured
 from producer.config.alerts import AlertRule
-from producer.connections import Growth, mixed
-from producer.consume.columns import Columns, Ints, Mask, groups
+from producer.connections import Growth, row_hashes
+from producer.consume.columns import Columns, groups
+from producer.events import Ints, Mask
 
 MOST_SEGS = 1 << 62
 """Sums saturate here, to fit into an alert."""
@@ -101,7 +102,7 @@ class Windows:
     def _count(self, records: Columns, found: Measured, starts: Ints, rows: Ints, crowded: Mask) -> None:
         columns = [column[rows] for column in self._selection.columns(records)]
         ids, firsts = groups(starts[rows], *columns)
-        keys = mixed(columns)[firsts].tolist()
+        keys = row_hashes(columns)[firsts].tolist()
         held = self._groups(records, starts[rows][firsts].tolist(), keys, rows[firsts])
         group_of_row = np.full(len(records), -1, np.int64)
         group_of_row[rows] = ids
@@ -114,7 +115,7 @@ class Windows:
             self._count_parts(records, found, parts, group_of_row[found.rows[parts]], held)
 
     def _groups(self, records: Columns, starts: list[int], keys: list[int], rows: Ints) -> list[Group | None]:
-        """Return each group, new ones as far as there is room."""
+        """Return each group; None for new ones that there is no room for."""
         none: dict[int, Group] = {}
         held = [self._open.get(start, none).get(key) for start, key in zip(starts, keys, strict=True)]
         new = [at for at, group in enumerate(held) if group is None][: max(0, self._room.groups)]

@@ -69,10 +69,10 @@ def _clean_up_on_signals() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def _choice(filter_text: str | None) -> Any:
+def _filter(text: str | None) -> Any:
     from producer.export.events import matching
 
-    return matching(filter_text) if filter_text else None
+    return matching(text) if text else None
 
 
 @click.command(
@@ -126,7 +126,7 @@ def export(
     period = Period(since, until)
     names = topic or tuple(STREAMS)
     source = _source(config, brokers, registry, paths, period, names)
-    written = write(source, output, form, period, frozenset(STREAMS[name] for name in names), _choice(filter_text))
+    written = write(source, output, form, period, frozenset(STREAMS[name] for name in names), _filter(filter_text))
     echo(lines(f"{path} events={count}" for path, count in written.items()))
     if complaint := undecodable(source):
         echo(complaint, err=True)
@@ -178,7 +178,7 @@ def report(
     source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
     given = {"--config": config, "--brokers": brokers, "--registry": registry}
     options = [part for name, value in given.items() if value and not paths for part in (name, str(value))]
-    choice = _choice(filter_text)
-    headline = write(source, period, output, png, choice=choice, filter_text=filter_text or "", options=options)
+    matches = _filter(filter_text)
+    headline = write(source, period, output, png, matches=matches, filter_text=filter_text or "", options=options)
     echo(lines(headline))
     echo(lines(f"wrote {path}" for path in (output, png) if path is not None))

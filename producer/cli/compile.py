@@ -20,18 +20,12 @@ from producer.host.output import echo
     type=FilePath(),
     help="The kernel's types: its /sys/kernel/btf/vmlinux, or an uncompressed vmlinux.  [default: this kernel's]",
 )
-@option(
-    "--output",
-    "-o",
-    required=True,
-    type=FilePath(),
-    help="File to write, for capture.programs of the hosts.",
-)
+@option("--output", "-o", required=True, type=FilePath(), help="File to write, for capture.programs of the hosts.")
 def compile(btf: Path | None, output: Path) -> None:
     """Compile the BPF programs for hosts without bcc.
 
-    Needs bcc and root. The hosts may have another kind of processor. The file has the programs of all streams and
-    hooks. A host uses it if its kernel has the same structs and features, and its ReBPF has the same BPF source;
+    Needs bcc and root. The hosts may have another processor architecture. The file has the programs of all streams
+    and hooks. A host uses it if its kernel has the same structs and features, and its ReBPF has the same BPF source;
     `rebpf check` shows whether it does.
     """
     from producer.commands.compile import compile_programs

@@ -5,13 +5,7 @@ from typing import Any
 
 import click
 
-from producer.cli.options import (
-    Command,
-    config_option,
-    json_option,
-    load,
-    settings_options,
-)
+from producer.cli.options import Command, config_option, json_option, load, settings_options
 from producer.host.output import echo
 from producer.host.text import lines, to_json
 

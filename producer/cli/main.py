@@ -109,7 +109,8 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
     spooled and lost.
     """
     hangup = Hangup()  # first: a SIGHUP would end the process while this imports and reads
-    from producer.agent.agent import Agent
+    from producer.agent.agent import run as run_agent
+    from producer.agent.reload import ConfigReader
     from producer.config import sources
     from producer.config.load import located
     from producer.host import memory
@@ -121,9 +122,10 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
         with context.scope(cleanup=False):  # for a thread that reads the configuration again
             return load(config, **options)
 
-    agent = Agent(read, lambda: sources.state(config), lambda: located(config))
+    reader = ConfigReader(read, lambda: sources.state(config), lambda: located(config))
+    settings = reader.read()
     stop = stop_on_signals(hangup)
-    balances = agent.run(stop, hangup, duration)
+    balances = run_agent(settings, reader, stop, hangup, duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
     text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
     try:

@@ -135,8 +135,19 @@ _JOINED = """Joined with and, or, not and parentheses; values can be lists: port
 docs/views.md."""
 
 
-class Command(click.Command):
-    """A command whose help is written by `echo` and ends with examples: (command line, description)."""
+class _HelpByEcho(click.Command):
+    """A command whose help is written by `echo`."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return click's option, changed to write by `echo`."""
+        help_option = super().get_help_option(ctx)
+        if help_option is not None:
+            help_option.callback = _show_help
+        return help_option
+
+
+class Command(_HelpByEcho):
+    """A command whose help ends with examples: (command line, description)."""
 
     def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -154,12 +165,8 @@ class Command(click.Command):
                     formatter.write_text(f"# {meaning}")
                     formatter.write_text(line)
 
-    def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """Return click's option, changed to write by `echo`."""
-        return _help_by_echo(super().get_help_option(ctx))
 
-
-class Group(click.Group):
+class Group(_HelpByEcho, click.Group):
     """A group of such commands; `sections` maps headings of its help to command names."""
 
     command_class = Command
@@ -174,10 +181,6 @@ class Group(click.Group):
             with formatter.section(heading):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=100)) for name in names])
 
-    def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """Return click's option, changed to write by `echo`."""
-        return _help_by_echo(super().get_help_option(ctx))
-
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and add file and line to errors in settings."""
         try:
@@ -189,12 +192,6 @@ class Group(click.Group):
 
             with located(ctx.meta.get(_FILE)):
                 raise
-
-
-def _help_by_echo(help_option: click.Option | None) -> click.Option | None:
-    if help_option is not None:
-        help_option.callback = _show_help
-    return help_option
 
 
 def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -221,7 +218,7 @@ state_dir_option = option(
 address_option = option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
 port_option = option("--port", type=Whole(1, 65535), multiple=True, help="Capture this port only; repeatable.")
 pin_option = option("--pin", type=FilePath(), help="Keep hooks and rings in this bpffs folder across a crash.")
-quarantine_option = option("--quarantine", is_flag=True, help="The messages that Kafka rejected, not the spool.")
+quarantine_option = option("--quarantine", is_flag=True, help="Use the messages that Kafka rejected, not the spool.")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

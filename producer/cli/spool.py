@@ -84,12 +84,7 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
 )
 @json_option
 def spool_replay(
-    config: Path | None,
-    brokers: str | None,
-    state_dir: Path | None,
-    quarantine: bool,
-    timeout: float,
-    as_json: bool,
+    config: Path | None, brokers: str | None, state_dir: Path | None, quarantine: bool, timeout: float, as_json: bool
 ) -> None:
     """Send the spooled events while no producer is running.
 

@@ -73,13 +73,7 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @option("--write", "-w", type=FilePath(dir_okay=False), help="Also write matching records to this file.")
 @option("--since", type=Time(), help="With -r: start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
 @option("--until", type=Time(), help="With -r: end before this time.")
-@option(
-    "--read",
-    "-r",
-    "replay",
-    type=FilePath(dir_okay=False),
-    help="Read this file instead: Avro or Parquet.",
-)
+@option("--read", "-r", "replay", type=FilePath(dir_okay=False), help="Read this file instead: Avro or Parquet.")
 @json_option
 def trace(
     filter_words: tuple[str, ...],

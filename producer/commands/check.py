@@ -14,7 +14,7 @@ from producer.commands.check_servers import kafka, registry
 from producer.commands.check_settings import SERVICE_USER, is_of_service, settings
 from producer.commands.finding import Finding
 from producer.config.load import Config
-from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, UnavailableError
 from producer.events import FLOWS, HOOKS, STREAMS, layout_check
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
@@ -78,12 +78,11 @@ def _kernel(config: Config) -> Iterator[Finding]:
     path = config.capture.btf or VMLINUX
     try:
         btf = Btf.load(path)
-    except RebpfError as error:
-        yield Finding("BTF", _with_path(path, str(error), own=config.capture.btf is None), error.exit_code)
-        return
-    except OSError as error:
-        text = _with_path(path, error.strerror or str(error), own=config.capture.btf is None)
-        yield Finding("BTF", text, UnavailableError.exit_code)
+    except UnavailableError as error:
+        fix = "boot a kernel of the distribution: apt install linux-image-$(dpkg --print-architecture)"
+        if config.capture.btf:
+            fix = "or remove capture.btf to use the BTF of the running kernel"
+        yield Finding("BTF", f"{error}; {fix}", error.exit_code)
         return
     yield Finding("BTF", str(path))
     try:
@@ -93,13 +92,6 @@ def _kernel(config: Config) -> Iterator[Finding]:
         return
     if not capabilities.missing(capabilities.LOADING):
         yield from _hooks(config, btf, root)
-
-
-def _with_path(path: Path, text: str, *, own: bool) -> str:
-    text = text if text.startswith(str(path)) else f"{path}: {text}"
-    if own:
-        return f"{text}; boot a kernel of the distribution: apt install linux-image-$(dpkg --print-architecture)"
-    return f"{text}; or remove capture.btf to use the BTF of the running kernel"
 
 
 def _capabilities() -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from producer.events import HEARTBEATS
 from producer.kafka.admin import Admin, TopicInfo, in_partitions
 from producer.kafka.librdkafka import check_loopback
 from producer.kafka.wording import may_not_write
-from producer.registry.published import published_schemas
+from producer.registry.published import schemas_by_topic
 from producer.registry.schema_ids import SchemaIds
 from producer.topics import topic
 
@@ -109,7 +109,7 @@ def registry(config: Config) -> Iterator[Finding]:
     heartbeats = topic(config, HEARTBEATS)
     try:
         schemas = SchemaIds(config.registry, cache=None, attempts=1)
-        for name, schema in published_schemas(config).items():
+        for name, schema in schemas_by_topic(config, [*config.capture.streams, HEARTBEATS]).items():
             subject = f"schema {name}-value"
             try:
                 if not schemas.compatible(name, schema):

@@ -12,7 +12,7 @@ from producer.errors import UnavailableError
 from producer.events import TRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.dataset import disk_errors
-from producer.export.events import Choice
+from producer.export.events import PartFilter
 from producer.export.sources import Files, Topics, undecodable
 from producer.host.output_file import check_folder, write_whole
 from producer.host.progress import Progress
@@ -30,7 +30,7 @@ def report(
     output: Path,
     picture: Path | None,
     *,
-    choice: Choice | None = None,
+    matches: PartFilter | None = None,
     filter_text: str = "",
     options: Sequence[str] = (),
 ) -> list[str]:
@@ -41,10 +41,10 @@ def report(
     for path in filter(None, (output, picture)):
         with disk_errors(path):
             check_folder(path)
-    collected = collect(source, period, choice)
+    collected = collect(source, period, matches)
     summary = summarize(collected, period)
     if summary.totals is None and summary.timeline is None:
-        text = "no connection records and no retransmissions in this period" + (" match the filter" if choice else "")
+        text = "no connection records and no retransmissions in this period" + (" match the filter" if matches else "")
         raise UnavailableError("; ".join(filter(None, (text, undecodable(source)))))
     if summary.flows and TRANSMITS in collected.quality:
         segments = collect_segments(source, period, flow_choice(summary))

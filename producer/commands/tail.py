@@ -15,15 +15,15 @@ from producer.consume.follow import Follower, Start
 from producer.consume.period import ALWAYS, Period
 from producer.consume.reader import TopicReader
 from producer.errors import ReaderGoneError, UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import TRANSMITS
 from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import to_json
 from producer.view.filter import Filter
-from producer.view.line import Lines, is_connection, is_retransmission
-from producer.view.records import of_rows
+from producer.view.line import Lines
+from producer.view.records import Records, stream_of
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _MOST_REASONS = 100
 
 
@@ -68,7 +68,7 @@ def _arriving(
 def _existing(
     brokers: str, topics: Sequence[str], settings: Mapping[str, str], since_ms: int | None, stop: Flag
 ) -> Generator[list[Message]]:
-    reader = TopicReader(brokers, topics, settings, None, since_ms=since_ms, skip_missing=True)
+    reader = TopicReader(brokers, topics, settings, since_ms=since_ms, skip_missing=True)
     with contextlib.closing(reader):
         if not reader.spans:
             raise UnavailableError(f"no topic {', '.join(topics)} at {brokers}")
@@ -88,7 +88,7 @@ def _events(source: Generator[list[Message]], registry: Registry | None) -> Gene
                 yield list(_decoded(messages, decoder, skipped))
     finally:
         for reason, count in skipped.items():
-            _LOG.warning("skipped messages=%d reason=%r", count, reason)
+            logger.warning("skipped messages=%d reason=%r", count, reason)
 
 
 def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, int]) -> Iterator[Event]:
@@ -106,7 +106,7 @@ def _skip(topic: str, why: str, skipped: dict[str, int]) -> None:
     if reason not in skipped and len(skipped) >= _MOST_REASONS:
         reason = f"{topic}: other reasons"
     if reason not in skipped:
-        _LOG.warning("skipping messages of topic=%s: %s", topic, why)
+        logger.warning("skipping messages of topic=%s: %s", topic, why)
     skipped[reason] = skipped.get(reason, 0) + 1
 
 
@@ -129,18 +129,14 @@ class Chosen:
         # Those with the same fields are looked at together.
         alike: dict[tuple[Any, ...], list[int]] = {}
         for at, event in enumerate(batch):
-            alike.setdefault((_stream(event.record), *event.record), []).append(at)
+            alike.setdefault((stream_of(event.record) or TRANSMITS, *event.record), []).append(at)
         chosen = np.zeros(len(batch), np.bool_)
         for (stream, *_), places in alike.items():
-            records = of_rows(stream, [batch[at].record for at in places])
+            records = Records.from_rows(stream, [batch[at].record for at in places])
             has_ns = "ts_ns" in records.columns  # alerts and heartbeats have milliseconds alone
             mask = self.period.mask(records["ts_ns"].cells if has_ns else records["ts"].cells * 1_000_000)
             chosen[places] = mask if self.matches is None else mask & self.matches(records)
         return [batch[at] for at in np.flatnonzero(chosen).tolist()]
-
-
-def _stream(record: Mapping[str, Any]) -> Stream:
-    return RETRANSMITS if is_retransmission(record) else FLOWS if is_connection(record) else TRANSMITS
 
 
 def tail(
@@ -177,7 +173,7 @@ def tail(
             _print(map(lines, map(chosen.events, source)), limit, color=color)
     finally:
         for reason, count in view.rejected.items():
-            _LOG.warning("skipped records=%d reason=%r", count, reason)
+            logger.warning("skipped records=%d reason=%r", count, reason)
 
 
 def _print(batches: Iterable[list[str]], limit: int | None, *, color: bool) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from producer.connections import Connections
 from producer.consume.period import Period
 from producer.errors import ReaderGoneError
-from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.events import CAUSES, FLOWS, RETRANSMITS, Ints
 from producer.export.sources import read_file
 from producer.host.endpoints import endpoint
 from producer.host.output import echo, require_reader
@@ -27,7 +26,7 @@ from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
 from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
-from producer.view.records import Records, Row, in_order, of_table
+from producer.view.records import Records, Row, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def from_file(path: Path, period: Period, stop: Flag) -> Iterator[list[Records]]
     for part in read_file(path, {}, in_order=True):
         if stop.is_set():
             return
-        records = of_table(part.stream, part.table)
+        records = Records.from_table(part.stream, part.table)
         yield [records.select(period.mask(records["ts_ns"].cells))]
 
 
@@ -223,7 +222,7 @@ def judged(first: Record | None, last: Record | None) -> tuple[str | None, int |
         return None, None
     records = [last] if first is None or first is last else [first, last]
 
-    def column(name: str) -> NDArray[np.int64]:
+    def column(name: str) -> Ints:
         return np.array([record[name] or 0 for record in records], np.int64)
 
     table = Connections(_COUNTERS, floor_ns=0, most=1)

@@ -19,7 +19,7 @@ from producer.host.progress import Progress
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _REASONS = 10
 
 
@@ -103,7 +103,7 @@ class _TopicCount:
         self._undecodable += 1
         if reason not in self._reasons and len(self._reasons) < _REASONS:
             self._reasons.add(reason)
-            _LOG.warning(
+            logger.warning(
                 "undecodable topic=%s partition=%d offset=%d: %s",
                 self._topic, message.partition(), message.offset(), reason,
             )  # fmt: skip

@@ -25,7 +25,6 @@ _KINDS: Mapping[Any, str] = {
     Path: "a path in quotes",
 }
 
-
 _hints = functools.cache(typing.get_type_hints)  # slow, and a file can have a thousand rules
 
 

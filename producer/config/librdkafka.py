@@ -148,7 +148,7 @@ TEST_BROKER: Mapping[str, str] = {"test.mock.num.brokers": "1"}
 TEST_BROKER_PARTITIONS = 4
 
 
-def decide(settings: Mapping[str, str]) -> None:
+def check_allowed(settings: Mapping[str, str]) -> None:
     """Raise ConfigError for the first setting that is rejected or that must have another value."""
     for name, value in settings.items():
         required = {**REQUIRED, **AT_DEFAULT}.get(_ALIASES.get(name, name), value)
@@ -173,9 +173,9 @@ def _check_tokens(settings: Mapping[str, str]) -> None:
 
 
 def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
-    """Raise ConfigError for a time with which the client delivers nothing, or only what has been on disk.
+    """Raise ConfigError for a time with which the client would deliver nothing, or only spooled events.
 
-    `decide` has accepted the settings.
+    `check_allowed` has accepted the settings.
     """
     most_ms = 1000 * spill_after_s
     for name in ("linger.ms", "queue.buffering.max.ms"):
@@ -189,8 +189,8 @@ def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
 
 
 def _check(settings: Mapping[str, str]) -> None:
-    """Raise ConfigError for what `decide` rejects, and if the library would block on a file, or read it forever."""
-    decide(settings)
+    """Raise ConfigError as `check_allowed`, and if the library would block on a file, or read it forever."""
+    check_allowed(settings)
     for name in settings.keys() & FILES:
         try:
             state_file.check_ordinary(Path(settings[name]))
@@ -212,7 +212,7 @@ def unreadable(settings: Mapping[str, str]) -> str:
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of a producer; without brokers, those of the in-process test broker.
 
-    Raises ConfigError for settings that `decide` rejects, and for paths that are not regular files.
+    Raises ConfigError for settings that `check_allowed` rejects, and for paths that are not regular files.
     """
     _check(settings)
     where = {"bootstrap.servers": brokers} if brokers else TEST_BROKER
@@ -224,14 +224,14 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 
 
 def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all librdkafka settings of a consumer except its group. Raises ConfigError for what `decide` rejects."""
+    """Return all librdkafka settings of a consumer except its group. Raises ConfigError as `client_settings`."""
     _check(settings)
     users = _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
     return {**_CONSUMER_DEFAULTS, **users, **_CONSUMER_REQUIRED, "bootstrap.servers": brokers}
 
 
 def admin_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all librdkafka settings of an admin client. Raises ConfigError for what `decide` rejects."""
+    """Return all librdkafka settings of an admin client. Raises ConfigError as `client_settings`."""
     _check(settings)
     users = _without(settings, FREE_OF_PRODUCERS | FREE_OF_CONSUMERS | REQUIRED.keys())
     return {**users, "allow.auto.create.topics": "false", "bootstrap.servers": brokers}

@@ -16,7 +16,7 @@ from typing import Any
 
 from producer.config.alerts import GROUPS, MEASURES, SILENT
 from producer.config.convert import nearest
-from producer.config.librdkafka import check_times, decide
+from producer.config.librdkafka import check_allowed, check_times
 from producer.errors import ConfigError
 from producer.events import CAUSES, HOOKS, STATES
 from producer.host.endpoints import without_path
@@ -190,7 +190,7 @@ def _check_kafka(kafka: Any) -> None:
             raise ConfigError(f"kafka.settings: expected the name of a librdkafka setting, found {name!r}")
         if "\0" in value:  # librdkafka would cut the value there
             raise ConfigError(f"kafka.settings.{name}: expected a value without NUL")
-    decide(kafka.settings)
+    check_allowed(kafka.settings)
 
 
 def _check_brokers(brokers: str, protocol: str) -> None:

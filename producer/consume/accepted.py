@@ -16,6 +16,7 @@ from typing import Any
 
 import fastavro
 
+from producer.host.text import parse_json
 from producer.schemas import FIXED, load_schema
 
 MOST_VALUE_BYTES = 1 << 20
@@ -42,8 +43,8 @@ def accepted(text: str) -> Any:
     if len(text.encode(errors="replace")) > MOST_SCHEMA_BYTES:
         raise NotAccepted(f"its text is longer than {MOST_SCHEMA_BYTES} bytes")
     try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        schema = parse_json(text)
+    except ValueError as error:
         raise NotAccepted("it is not JSON") from error
     if not isinstance(schema, dict):
         raise NotAccepted("it is not a record")
@@ -61,8 +62,8 @@ def accepted(text: str) -> Any:
 def accepted_container(text: str) -> list[Any]:
     """Parse a file's schema, which may be a union; NotAccepted unless all its records are ours and different."""
     try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        schema = parse_json(text)
+    except ValueError as error:
         raise NotAccepted("its schema is not JSON") from error
     union = [accepted(json.dumps(each)) for each in (schema if isinstance(schema, list) else [schema])]
     if len({each["name"] for each in union}) < len(union):

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from producer.connections import mixed
-from producer.consume.columns import Columns, Ints, groups
+from producer.connections import row_hashes
+from producer.consume.columns import Columns, groups
 from producer.consume.gaps import MOST_PAGES, Gaps, Numbers, find_gaps, page_of
+from producer.events import Ints, Mask
 
 ALL = 0
 """`complete_from_ms` of a topic without deleted messages."""
@@ -74,7 +74,7 @@ class _Order:
         self._young: dict[int, int] = {}
         self._old: dict[int, int] = {}
 
-    def late(self, flows: Ints, firsts: Ints, hashes: Ints, ts_ns: Ints) -> NDArray[np.bool_]:
+    def late(self, flows: Ints, firsts: Ints, hashes: Ints, ts_ns: Ints) -> Mask:
         """Record events; return which had a later one of their flow before.
 
         `flows` numbers the flows from 0 by their first events, `firsts`; `hashes` tells them from those of other calls.
@@ -218,7 +218,7 @@ def _counted(counters: Ints, numbers: Ints | None = None, firsts: Ints | None = 
 def _flows(events: Columns) -> Ints:
     """Return a hash of each event's host, boot, addresses and ports. Hosts may have the same private addresses."""
     texts = [events.hashes[events[name]] for name in ("host", "boot_id", "saddr", "daddr")]
-    return mixed([*texts, events["sport"], events["dport"]])
+    return row_hashes([*texts, events["sport"], events["dport"]])
 
 
 def _report(boot: _Boot, gaps: dict[int, Gaps]) -> BootReport:

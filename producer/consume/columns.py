@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.consume.plan import TEXTS, Fields, Plan
+from producer.events import Ints, Mask
 
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
 Values = list[bytes | None]
 """The values of messages."""
 
@@ -96,7 +95,7 @@ class Table:
 
     plan: Plan
     cells: Ints
-    valid: NDArray[np.bool_]
+    valid: Mask
     status: NDArray[np.uint8]
     texts: list[str]
     hashes: Ints

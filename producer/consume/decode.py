@@ -15,19 +15,12 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from producer.config.load import Registry
 from producer.consume.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
-from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, rows_of, schema_ids
+from producer.consume.columns import Columns, Table, Values, decode, groups, joined, rows_of, schema_ids
 from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all, plan_for_names
 from producer.errors import Stopped, UnavailableError
-from producer.events import SchemaId
+from producer.events import Ints, SchemaId
 from producer.host.signals import Flag
-from producer.registry.client import (
-    MOST_ID,
-    NOT_FOUND,
-    NoAnswer,
-    NotAuthorized,
-    RegistryClient,
-    RegistryRejected,
-)
+from producer.registry.client import MOST_ID, NOT_FOUND, NoAnswer, NotAuthorized, RegistryClient, RegistryRejected
 from producer.schemas import FIXED, load_schema
 
 _ATTEMPTS = 3
@@ -40,8 +33,6 @@ MOST_TEXT = 4096
 """Longest string in a record, in characters; our names have up to 1024."""
 MOST_PAIRS = 64
 """Entries of a map in a record; our hosts have up to 16 labels."""
-
-
 _NO_ID = {-1: "not in Confluent's wire format", -2: f"longer than {MOST_VALUE_BYTES} bytes"}
 """Why a value has no schema id, by the native decoder's code."""
 _TEXT_TOO_LONG, _MAP_TOO_LARGE = 2, 3

@@ -13,7 +13,7 @@ from producer.host.progress import Progress
 from producer.kafka.confluent import is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, is_passing, offsets, topic_error
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
 _LOOK_S, _LOOK_TIMEOUT_S = 10.0, 1
 """How often to look for new partitions, and how long that may hold up the reading."""
@@ -74,10 +74,10 @@ class Follower:
         if self._start == Start.END:  # of now, for those that are assigned later
             self._start = began_ms
         if missing := self._missing():
-            _LOG.warning("waiting for topics=%s", ",".join(missing))
+            logger.warning("waiting for topics=%s", ",".join(missing))
         leaderless = [f"{topic}/{number}" for topic, number in self._existing if number not in self._assigned[topic]]
         if leaderless:
-            _LOG.warning("waiting for leaders of partitions=%s", ",".join(sorted(leaderless)))
+            logger.warning("waiting for leaders of partitions=%s", ",".join(sorted(leaderless)))
 
     def poll(self, timeout_s: float = _POLL_S) -> list[Message]:
         """Wait briefly, and return the messages that arrived."""
@@ -87,7 +87,7 @@ class Follower:
                 if lost := self._lost():
                     self._read_again(lost)
             except KafkaException as exc:
-                _LOG.debug("no metadata: %s", exc)
+                logger.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(self._batch, timeout_s) if not self._failed(message)]
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Follower:
             self._positions[PartitionId(each.topic, each.partition)] = each.offset, time.monotonic()
 
     def _lost(self) -> dict[PartitionId, int]:
-        """Return the partitions that librdkafka does not follow any more, and where to read on.
+        """Return the partitions that librdkafka no longer follows, and where to continue reading.
 
         They were also behind at the last look. One that ends before the position is new.
         """
@@ -152,9 +152,9 @@ class Follower:
         return {where: still[where] if ends[where] > still[where] else Start.BEGINNING for where in lost}
 
     def _read_again(self, lost: Mapping[PartitionId, int]) -> None:
-        """Read on with a new client."""
+        """Continue reading with a new client."""
         names = ",".join(f"{topic}/{number}" for topic, number in lost)
-        _LOG.warning("reading again with a new client, since the old one stands still at partitions=%s", names)
+        logger.warning("reading again with a new client, since the old one stands still at partitions=%s", names)
         self._consumer.close()
         self._connect()
         self._positions |= {where: (offset, time.monotonic()) for where, offset in lost.items()}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.consume.columns import Ints
+from producer.events import Ints, Mask
 
 GENERATION_BITS = 32
 PAGE_BITS = 12
@@ -42,16 +42,16 @@ class Numbers:
                 self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
         return slot
 
-    def add(self, slots: Ints, numbers: Ints) -> NDArray[np.bool_]:
+    def add(self, slots: Ints, numbers: Ints) -> Mask:
         """Add numbers[i] to the page in slots[i]; return which were new. Of equal ones the first is new."""
         return mark(self._bits, slots, numbers)
 
-    def held(self) -> Iterator[tuple[int, Iterator[NDArray[np.int64]]]]:
+    def held(self) -> Iterator[tuple[int, Iterator[Ints]]]:
         """Yield each counter and its numbers, ascending, in pieces."""
         for counter, pages in groupby(sorted(self._slots), key=lambda page: page[0]):
             yield counter, (self._page(*page) for page in pages)
 
-    def _page(self, counter: int, page: int) -> NDArray[np.int64]:
+    def _page(self, counter: int, page: int) -> Ints:
         at = self._slots[counter, page] * PAGE_BYTES
         bits = np.unpackbits(self._bits[at : at + PAGE_BYTES], bitorder="little")
         return np.flatnonzero(bits).astype(np.int64) + ((page << PAGE_BITS) + 1)
@@ -62,7 +62,7 @@ def page_of(numbers: Ints) -> Ints:
     return numbers - 1 >> PAGE_BITS
 
 
-def mark(bits: NDArray[np.uint8], slots: Ints, numbers: Ints) -> NDArray[np.bool_]:
+def mark(bits: NDArray[np.uint8], slots: Ints, numbers: Ints) -> Mask:
     """Set the bits of numbers in the pages at `slots`; return which were not set before."""
     positions = slots << PAGE_BITS | numbers - 1 & (1 << PAGE_BITS) - 1
     return np.frombuffer(_native.mark(bits, positions), np.bool_)
@@ -83,7 +83,7 @@ class Gaps:
     """Generations that the numbers jumped to: losses at the end of the previous ones are unknown."""
 
 
-def find_gaps(pieces: Iterable[NDArray[np.int64]], complete_from: int) -> Gaps:
+def find_gaps(pieces: Iterable[Ints], complete_from: int) -> Gaps:
     """Find the gaps in ascending numbers, at least one; from `complete_from` on, none should be missing."""
     gaps = missing = unsure = first = last = 0
     generations: set[int] = set()

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from producer.consume.columns import Ints, Mask
 from producer.errors import UsageError
+from producer.events import Ints, Mask
 
 
 @dataclass(frozen=True, slots=True)

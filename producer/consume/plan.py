@@ -60,7 +60,7 @@ def plan_for_all(schema: Mapping[str, Any]) -> Plan:
 
 
 def plan_for_names(schema: Mapping[str, Any], names: Collection[str]) -> Plan:
-    """Return the plan that decodes the fields of these names, as far as the schema has them and columns can."""
+    """Return the plan that decodes those of these fields that the schema has and columns can hold."""
     return _plan(schema, [name for name in plan_for_all(schema).names if name in names])
 
 

@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress, pairwise
 from operator import ne
 from typing import NamedTuple
@@ -68,7 +68,7 @@ class TopicReader:
         brokers: str,
         topics: Sequence[str],
         settings: Mapping[str, str],
-        since: int | None,
+        since: int | None = None,
         *,
         since_ms: int | None = None,
         skip_missing: bool = False,
@@ -100,7 +100,7 @@ class TopicReader:
                 latest = max(latest, self._timestamp_ms(partition, start) + _SKEW_MS if start < end else math.inf)
         return latest
 
-    def batches(self, progress: Callable[[int, int], None] | None = None) -> Iterator[dict[str, list[Message]]]:
+    def batches(self, progress: Progress | None = None) -> Iterator[dict[str, list[Message]]]:
         """Yield all messages by topic, in each partition's order; tell `progress` how many were read, of how many."""
         done, total = 0, sum(end - start for start, end in self.spans.values())
         remaining = {partition: end for partition, (start, end) in self.spans.items() if start < end}

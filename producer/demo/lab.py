@@ -126,7 +126,7 @@ class Lab:
         return Sent(**json.loads(report))
 
     def wait_idle(self, timeout_s: float = 20) -> bool:
-        """Wait until no connection can send any more; return False on a timeout."""
+        """Wait until no connection can still send; return False on a timeout."""
         deadline = time.monotonic() + timeout_s
         while any(host.open_connections() for host in self.hosts):
             if time.monotonic() > deadline:

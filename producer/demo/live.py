@@ -7,7 +7,7 @@ from producer.commands.tail import Event
 from producer.events import FLOWS, RETRANSMITS
 from producer.view.flows import Flows
 from producer.view.line import is_connection, is_retransmission
-from producer.view.records import of_rows
+from producer.view.records import Records
 from producer.view.screen import Frame, render
 from producer.view.table import SORTS, table
 from producer.view.terminal import Terminal
@@ -35,7 +35,7 @@ class Live:
         for stream, is_of in ((FLOWS, is_connection), (RETRANSMITS, is_retransmission)):
             rows = [event.record for event in events if is_of(event.record)]
             if rows:
-                self._flows.add(of_rows(stream, rows), now_s)
+                self._flows.add(Records.from_rows(stream, rows), now_s)
         self._seen += sum(event.record["segs"] for event in events if is_retransmission(event.record))
         self._terminal.keys(0)  # Ctrl-Z; others have no effect
         if now_s >= self._due_s:

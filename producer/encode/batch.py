@@ -27,6 +27,7 @@ from producer.events import (
     UNKNOWN,
     Batch,
     EncodedBatch,
+    Ints,
     Rows,
     SchemaId,
     Stream,
@@ -182,7 +183,7 @@ class BatchEncoder:
             self._unresolved.discard(cgroup_id)
             self._remember([cgroup_id])
 
-    def _unencodable(self, rows: Rows, lengths: NDArray[np.int64]) -> Unencodable:
+    def _unencodable(self, rows: Rows, lengths: Ints) -> Unencodable:
         bad = lengths < 0
         first = int(bad.argmax())
         name = self._steps[-1 - int(lengths[first])]

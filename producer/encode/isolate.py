@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from producer.events import Batch, EncodedBatch, Rows
+from producer.events import Batch, EncodedBatch, Mask, Rows
 
 _MANY = 1 << 13
 _FEW = 64
@@ -22,7 +21,7 @@ _MOST_REASONS = 8
 class Unencodable(ValueError):
     """Rows have numbers that no event can have; `rows` is a mask of these rows."""
 
-    def __init__(self, text: str, rows: NDArray[np.bool_]) -> None:
+    def __init__(self, text: str, rows: Mask) -> None:
         super().__init__(text)
         self.rows = rows
 

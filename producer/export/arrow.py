@@ -4,13 +4,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from producer.consume.columns import Ints, Table, text_to_map
-from producer.events import Stream
+from producer.consume.columns import Table, text_to_map
+from producer.events import Ints, Mask, Stream
 from producer.schemas import load_schema
 
-Mask = NDArray[np.bool_]
 _TYPES = {
     "boolean": pa.bool_(),
     "int": pa.int32(),

@@ -6,27 +6,28 @@ from typing import Any
 import numpy as np
 
 from producer.consume.period import Period
-from producer.events import Stream
-from producer.export.arrow import Mask, batch_of, schema_of
+from producer.events import Mask, Stream
+from producer.export.arrow import batch_of, schema_of
 from producer.export.part import Part
-from producer.export.sources import Files, Names, Progress, Topics
+from producer.export.sources import Files, Names, Topics
+from producer.host.progress import Progress
 from producer.view.filter import parse
-from producer.view.records import of_table
+from producer.view.records import Records
 
-Choice = Callable[[Part], Mask]
-"""Returns which events of a part to take."""
+PartFilter = Callable[[Part], Mask]
+"""Returns which events of a part match."""
 
 
-def matching(text: str) -> Choice:
-    """Return the choice of the events that match a filter. Raises FilterError."""
+def matching(text: str) -> PartFilter:
+    """Compile a filter. Raises FilterError."""
     matches = parse(text)
 
-    def choice(part: Part) -> Mask:
+    def of_part(part: Part) -> Mask:
         chosen: Mask = part.table.status == 0
-        chosen[np.flatnonzero(chosen)] = matches(of_table(part.stream, part.table))
+        chosen[np.flatnonzero(chosen)] = matches(Records.from_table(part.stream, part.table))
         return chosen
 
-    return choice
+    return of_part
 
 
 def within(part: Part, period: Period) -> Mask:
@@ -40,8 +41,8 @@ def record_batches(
     source: Files | Topics,
     period: Period,
     names: Names,
-    progress: Progress = None,
-    choice: Choice | None = None,
+    progress: Progress | None = None,
+    matches: PartFilter | None = None,
     *,
     maps_as_text: bool = False,
 ) -> Iterator[tuple[Stream, Any]]:
@@ -49,8 +50,8 @@ def record_batches(
     schemas: dict[Stream, Any] = {}
     for part in source.parts(names, progress):
         chosen = within(part, period)
-        if choice is not None:
-            chosen &= choice(part)
+        if matches is not None:
+            chosen &= matches(part)
         if part.stream not in schemas:
             schemas[part.stream] = schema_of(part.stream, names.get(part.stream), maps_as_text=maps_as_text)
         if chosen.any():

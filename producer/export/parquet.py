@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
-from producer.consume.columns import Ints, Table, map_to_text
+from producer.consume.columns import Table, map_to_text
 from producer.consume.plan import TEXTS, Plan
 from producer.errors import IncompleteError, UnavailableError
+from producer.events import Ints
 from producer.export.arrow import schema_of
 from producer.export.container import plan_of
 from producer.export.part import Part

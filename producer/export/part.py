@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from producer.consume.columns import Ints, Table
-from producer.events import Stream
+from producer.consume.columns import Table
+from producer.events import Ints, Stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)

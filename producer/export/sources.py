@@ -1,6 +1,6 @@
 """Where events are read from: files, or topics from one time to another."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +15,14 @@ from producer.errors import UnavailableError
 from producer.events import Stream
 from producer.export.container import read_container
 from producer.export.part import Part
+from producer.host.progress import Progress
 from producer.schemas import streams
 from producer.spool.files import SPOOL_SUFFIX
 
 Names = Mapping[Stream, frozenset[str]]
 """The fields to read, by stream; all of the streams that are not in it."""
-Progress = Callable[[int, int], None] | None
-"""Called with how much has been read, and the total."""
 _DELAY_MS = 60_000
 """Messages are read from this long before the period, in case the clock was set back before an event was sent."""
-
-
 PARQUET = ".parquet"
 
 
@@ -49,7 +46,7 @@ class Files:
             raise UnavailableError(f"no {SPOOL_SUFFIX} or {PARQUET} files in {where}: expected {kinds}")
         self.undecodable, self.reason = 0, ""
 
-    def parts(self, names: Names, progress: Progress = None) -> Iterator[Part]:
+    def parts(self, names: Names, progress: Progress | None = None) -> Iterator[Part]:
         """Yield the events of all files."""
         sizes = [_size(path) for path in self._files]
         read = 0
@@ -74,13 +71,11 @@ class Topics:
         self.undecodable, self.reason = 0, ""
         self._streams = {topic: stream for stream, topic in self.topics.items()}
 
-    def parts(self, names: Names, progress: Progress = None) -> Iterator[Part]:
+    def parts(self, names: Names, progress: Progress | None = None) -> Iterator[Part]:
         """Yield the events up to the end that the topics have now."""
         decoder = Decoder(self.registry)
         since_ms = None if self.since_ns is None else self.since_ns // 1_000_000 - _DELAY_MS
-        reader = TopicReader(
-            self.brokers, list(self._streams), self.settings, None, since_ms=since_ms, skip_missing=True
-        )
+        reader = TopicReader(self.brokers, [*self._streams], self.settings, since_ms=since_ms, skip_missing=True)
         with closing(reader):
             if not reader.spans:
                 raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")

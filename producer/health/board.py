@@ -15,11 +15,7 @@ class StatusBoard:
     """
 
     def __init__(
-        self,
-        *,
-        hangs_after_s: float = 10.0,
-        answer_timeout_s: float = 2.0,
-        wake: Callable[[], None] = lambda: None,
+        self, *, hangs_after_s: float = 10.0, answer_timeout_s: float = 2.0, wake: Callable[[], None] = lambda: None
     ) -> None:
         self._hangs_after_s = hangs_after_s
         self._answer_timeout_s = answer_timeout_s

@@ -17,8 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from producer.errors import UnavailableError
-from producer.host import state_file
-from producer.host.text import printable
+from producer.host.text import parse_json, printable
 
 _TIMEOUT_S = 5.0
 _MOST_STATUS_BYTES = 1 << 20
@@ -54,7 +53,7 @@ def ask(url: str, local: Path | None = None) -> dict[str, Any]:
         with contextlib.closing(own) as connection, _deadline(connection):
             connection.request("GET", "/status")
             response = connection.getresponse()
-            status = state_file.parse(response.read(_MOST_STATUS_BYTES))
+            status = parse_json(response.read(_MOST_STATUS_BYTES))
     except (OSError, ValueError, RuntimeError, HTTPException) as error:  # RuntimeError: no thread
         why = f"the producer does not answer at {url}/status: {error or 'no response'}"
         raise UnavailableError(printable(why)) from error

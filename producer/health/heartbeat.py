@@ -3,9 +3,9 @@
 Key: the host's name in UTF-8. Value: Confluent-framed Avro of schemas/rebpf_agent.avsc.
 """
 
-from producer.events import SchemaId
+from producer.events import HEARTBEATS, SchemaId
 from producer.health.status import Status
-from producer.schemas import HEARTBEAT_FILE, RecordEncoder
+from producer.schemas import RecordEncoder
 
 INTERVAL_S = 10.0
 
@@ -14,7 +14,7 @@ class HeartbeatEncoder:
     """Encodes statuses as heartbeats."""
 
     def __init__(self, schema_id: SchemaId) -> None:
-        self._encoder = RecordEncoder(HEARTBEAT_FILE, schema_id)
+        self._encoder = RecordEncoder(HEARTBEATS, schema_id)
 
     def encode(self, status: Status, now_s: float) -> tuple[bytes, bytes]:
         """Return the message's key and value; `now_s` is the time in seconds since 1970 UTC."""

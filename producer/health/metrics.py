@@ -108,9 +108,7 @@ DELIVERY = _Histogram(
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
 STEPS = _Histogram(
-    "rebpf_step_seconds",
-    "Duration of the loop's steps in seconds.",
-    (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+    "rebpf_step_seconds", "Duration of the loop's steps in seconds.", (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
 )
 TCP = TcpMetrics()
 """Counts from the start of the process."""

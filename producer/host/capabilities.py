@@ -37,6 +37,12 @@ def missing(needed: frozenset[int] = frozenset(NAMES)) -> list[str]:
     return [NAMES[number] for number in sorted(needed) if not have >> number & 1]
 
 
+def require_loading() -> None:
+    """Raise PermissionDenied if this process may not load BPF programs."""
+    if missing(LOADING):
+        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+
+
 def is_admin() -> bool:
     """Whether this process has CAP_SYS_ADMIN."""
     return bool(effective() >> CAP_SYS_ADMIN & 1)
@@ -69,7 +75,7 @@ def drop_unneeded(access_map: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-    """Set all capabilities of the calling thread aside, and take them up again at the end."""
+    """Run without the effective capabilities of the calling thread, and restore them at the end."""
     effective, permitted = _mask("CapEff"), _mask("CapPrm")
     _set(0, permitted)
     try:

@@ -30,8 +30,6 @@ _LOOK_S = 0.005
 _ENTRIES_AT_ONCE = 256
 _SHARE = 0.05
 """Maximum share of the time spent on lookups."""
-
-
 _ROOT_ID = 1
 """The kernel's id, and inode number, of the root cgroup."""
 

@@ -17,7 +17,7 @@ _LIMITS = {
 
 
 def exhausted(error: BaseException) -> str:
-    """Return which limit an exception means, with the fix; empty for others."""
+    """Return the limit that an exception is about, with the fix; empty for other exceptions."""
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError):
         number = errno.ENOMEM
@@ -28,7 +28,7 @@ def exhausted(error: BaseException) -> str:
 
 
 def hidden(error: BaseException) -> str:
-    """Return which file of the kernel an exception misses, as in a container; empty for others."""
+    """Return which of the kernel's files an exception reports as missing, as in a container; empty for others."""
     path = getattr(error, "filename", None)
     if not isinstance(error, FileNotFoundError | PermissionError) or not str(path).startswith(("/proc/", "/sys/")):
         return ""
@@ -36,7 +36,7 @@ def hidden(error: BaseException) -> str:
 
 
 def check_threads() -> None:
-    """Raise UnavailableError if some threads cannot be started now: librdkafka aborts the process for lack of one."""
+    """Raise UnavailableError if some threads cannot be started now: without them, librdkafka aborts the process."""
     done = threading.Event()
     threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(_THREADS)]
     try:

@@ -7,7 +7,7 @@ import threading
 
 
 class Lookup:
-    """Looks for the IPv4 address of a host name in a thread; addresses are returned as they are."""
+    """Resolves a host name to an IPv4 address, in a thread; addresses are returned as they are."""
 
     def __init__(self, host: str) -> None:
         self._host = host

@@ -87,14 +87,14 @@ class JsonFormatter(LineFormatter):
 def formatter(log_format: str) -> logging.Formatter:
     """Return the formatter of a --log-format; `auto` is journald if standard error is the journal, otherwise text."""
     if log_format == "auto":
-        log_format = "journald" if _is_journal(2) else "text"
+        log_format = "journald" if _is_journal() else "text"
     return {"text": LineFormatter, "journald": JournalFormatter, "json": JsonFormatter}[log_format]()
 
 
-def _is_journal(descriptor: int) -> bool:
-    """Whether JOURNAL_STREAM names the device and inode of a descriptor; see systemd.exec(5)."""
+def _is_journal() -> bool:
+    """Whether JOURNAL_STREAM names the device and inode of standard error; see systemd.exec(5)."""
     try:
-        status = os.fstat(descriptor)
+        status = os.fstat(2)
     except OSError:
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -138,7 +138,7 @@ def echo(text: str, *, err: bool = False, color: bool = False) -> None:
 
 
 def require_reader() -> None:
-    """Raise ReaderGoneError if nobody can read standard output any longer, for output that may be long in coming."""
+    """Raise ReaderGoneError if standard output has lost its reader, for commands that may not write for a while."""
     poll = select.poll()
     with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or replaced by a test
         poll.register(sys.stdout.fileno(), 0)

@@ -20,6 +20,7 @@ from producer.host import state_file
 from producer.host.http_exchange import ExchangeError, exchange
 from producer.host.log_limit import LogLimit
 from producer.host.text import name as printable_name
+from producer.host.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ _LOG_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """What events say of a pod."""
+    """The fields of a pod in events."""
 
     name: str
     namespace: str
@@ -129,7 +130,7 @@ def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]
     """Yield the pods of all pages, by UID. Raises ExchangeError, OSError or ValueError."""
     headers = {"Accept": _ACCEPT}
     tls = None
-    if source.url.startswith("https:"):  # otherwise, anyone on the way could read the token
+    if source.url.startswith("https:"):  # otherwise, anyone on the path could read the token
         headers["Authorization"] = f"Bearer {_token(source.token)}"
         state_file.check_ordinary(source.ca)
         tls = ssl.create_default_context(cafile=str(source.ca))
@@ -154,7 +155,7 @@ def _listed(body: bytes) -> tuple[list[tuple[str, Pod]], str]:
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > _MOST_VALUES:
         raise ValueError(f"expected at most {_MOST_VALUES} values in a list, found {values}")
-    listed = state_file.parse(body)
+    listed = parse_json(body)
     if not isinstance(listed, dict) or not isinstance(items := listed.get("items"), list):
         raise ValueError("expected a list of pods")
     position = _table(listed.get("metadata")).get("continue")

@@ -26,6 +26,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
 from producer.host import state_file
+from producer.host.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def running(path: Path) -> dict[str, Any] | None:
     if not is_locked(path):
         return None
     try:
-        return _facts(state_file.parse(state_file.read(path / "agent.json", _MOST_FACTS_BYTES)))
+        return _facts(parse_json(state_file.read(path / "agent.json", _MOST_FACTS_BYTES)))
     except (OSError, ValueError):
         return None
 

@@ -5,11 +5,9 @@ Standard library only.
 
 import contextlib
 import errno
-import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 ASIDE = ".damaged"
 _MOST_ASIDE = 4
@@ -98,14 +96,6 @@ def set_aside(path: Path) -> Path | None:
             path.rename(aside)
             return aside
     return None
-
-
-def parse(text: bytes | str) -> Any:
-    """Parse JSON. Raises ValueError, also if it is nested too deeply."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def is_count(value: object, below: int = 1 << 63) -> bool:

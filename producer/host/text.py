@@ -17,13 +17,13 @@ _CUT = "%~"
 _DIGEST_DIGITS = 16
 _PLAIN = re.compile(r"[ -$&-~]*")
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-"""Default_Ignorable_Code_Point of Unicode, as far as Python takes them for printable."""
+"""Characters of Unicode's Default_Ignorable_Code_Point that Python takes for printable."""
 
 
-def name(raw: bytes, limit: int = MAX_NAME) -> str:
+def name(raw: bytes) -> str:
     """Return a name as text: printable UTF-8 stays, the rest is percent-encoded (RFC 3986).
 
-    It encodes `%` itself, bytes that are not UTF-8, and unprintable characters. A name longer than `limit` characters
+    It encodes `%` itself, bytes that are not UTF-8, and unprintable characters. A name longer than MAX_NAME characters
     is cut, and `%~` and 16 hexadecimal digits of the SHA-256 of the full name are appended.
     """
     text = raw.decode(errors="surrogateescape")
@@ -31,7 +31,7 @@ def name(raw: bytes, limit: int = MAX_NAME) -> str:
         pieces: list[str] | str = text
     else:
         pieces = [_escaped(character) for character in text]
-    return _bounded(pieces, raw, limit)
+    return _bounded(pieces, raw)
 
 
 def printable(text: str) -> str:
@@ -56,18 +56,26 @@ def to_json(value: Any, *, compact: bool = False) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError, also if it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _escaped(character: str) -> str:
     if character != "%" and character.isprintable():
         return character
     return "".join(f"%{byte:02X}" for byte in character.encode(errors="surrogateescape"))
 
 
-def _bounded(pieces: list[str] | str, raw: bytes, limit: int) -> str:
-    """Join whole pieces up to the limit."""
-    if sum(map(len, pieces)) <= limit:
+def _bounded(pieces: list[str] | str, raw: bytes) -> str:
+    """Join whole pieces up to the maximum length."""
+    if sum(map(len, pieces)) <= MAX_NAME:
         return "".join(pieces)
     tail = _CUT + hashlib.sha256(raw).hexdigest()[:_DIGEST_DIGITS]
-    kept, capacity = [], limit - len(tail)
+    kept, capacity = [], MAX_NAME - len(tail)
     for piece in pieces:
         capacity -= len(piece)
         if capacity < 0:

@@ -5,13 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import (
-    AclOperation,
-    AdminClient,
-    ClusterMetadata,
-    ConfigResource,
-    TopicDescription,
-)
+from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource, TopicDescription
 from confluent_kafka.cimpl import NewTopic
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 

@@ -16,7 +16,7 @@ from producer.kafka.wording import grant
 
 
 def is_passing(error: KafkaError) -> bool:
-    """Return whether reading goes on after an error: it is temporary, or about the group, which is not used."""
+    """Return whether reading can continue after an error: it is temporary, or about the group, which is not used."""
     return bool(error.retriable()) or error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
 
 

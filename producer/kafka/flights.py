@@ -4,9 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from producer.events import EncodedBatch
+from producer.events import EncodedBatch, Ints
 from producer.kafka.librdkafka import Reports
 
 
@@ -18,7 +17,7 @@ class Run:
     """The batch's."""
     code: int
     """0: acknowledged."""
-    rows: NDArray[np.int64]
+    rows: Ints
     """The messages' indexes in their batch."""
     alone: bool
     """Whether each message was in its own request."""
@@ -49,7 +48,7 @@ class Flight:
         if self.open:
             self._closed.append(run)
 
-    def open_rows(self) -> NDArray[np.int64]:
+    def open_rows(self) -> Ints:
         """Return the indexes of the open messages, in order."""
         is_open = np.ones(len(self.batch), np.bool_)
         for run in self._closed:

@@ -21,6 +21,7 @@ from producer import _native
 from producer.config.convert import nearest
 from producer.config.librdkafka import TEST_BROKER, unreadable
 from producer.errors import ConfigError, UnavailableError
+from producer.events import Ints
 from producer.host import signals
 from producer.host.exhausted import check_descriptors, check_threads
 
@@ -154,7 +155,7 @@ def _names(conf: int) -> list[str]:
 class Reports:
     """Delivery reports, in runs of one batch and one result."""
 
-    rows: NDArray[np.int64]
+    rows: Ints
     """The messages' rows in their batches, shape (n,)."""
     runs: Sequence[tuple[int, int, int, int]]
     """The batch's number, the error's code (0: acknowledged), and the run's first and end index in `rows`."""

@@ -6,10 +6,9 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from producer.backoff import BackOff
-from producer.events import Topic
+from producer.events import Ints, Topic
 from producer.host.log_limit import LogLimit
 from producer.kafka.wording import REPEAT_LOG_S
 
@@ -26,7 +25,7 @@ from an answer that cannot be understood. INVALID_TIMESTAMP is about this host's
 when it is sent.
 """
 
-Send = Callable[[int, NDArray[np.int64], bool], None]
+Send = Callable[[int, Ints, bool], None]
 """Sends rows of a batch, by its number; the last argument says whether each goes in its own request."""
 
 
@@ -39,10 +38,10 @@ class Retry:
     def __init__(self, topic: Topic, backoff: BackOff | None = None) -> None:
         self._topic = topic
         self._backoff = backoff or BackOff("kafka_send")
-        self._waiting: dict[int, list[NDArray[np.int64]]] = {}
+        self._waiting: dict[int, list[Ints]] = {}
         self._waiting_count = 0
         self._due_at = 0.0
-        self._singles: deque[tuple[int, NDArray[np.int64]]] = deque()
+        self._singles: deque[tuple[int, Ints]] = deque()
         self._alone = 0
         """Messages in requests by themselves, sent or about to be."""
         self._log_limit = LogLimit(REPEAT_LOG_S)
@@ -59,7 +58,7 @@ class Retry:
         """Whether messages wait or are sent one by one, so that later ones must not overtake them."""
         return bool(self._waiting_count or self._alone)
 
-    def later(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+    def later(self, number: int, rows: Ints, error: str) -> None:
         """Retry rows after a wait. Rows that fail while others wait join them."""
         first = not self._waiting_count
         self.hold(number, rows)
@@ -69,12 +68,12 @@ class Retry:
             self._due_at = time.monotonic() + wait_s
             logger.warning("kafka: retrying messages topic=%s error=%s wait_s=%.1f", self._topic, error, wait_s)
 
-    def hold(self, number: int, rows: NDArray[np.int64]) -> None:
+    def hold(self, number: int, rows: Ints) -> None:
         """Add rows to those that wait."""
         self._waiting.setdefault(number, []).append(rows)
         self._waiting_count += len(rows)
 
-    def one_by_one(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+    def one_by_one(self, number: int, rows: Ints, error: str) -> None:
         """Retry each message in its own request: another message of the request may have caused the error."""
         self._singles.append((number, rows))
         self._alone += len(rows)

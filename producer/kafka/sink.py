@@ -17,13 +17,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from producer import _native
 from producer.backoff import BackOff
 from producer.config.librdkafka import DEFAULTS, TEST_BROKER_PARTITIONS, client_settings
 from producer.errors import RebpfError
-from producer.events import HEARTBEATS, EncodedBatch, Feed, Outcome, Topic
+from producer.events import HEARTBEATS, EncodedBatch, Feed, Ints, Outcome, Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
 from producer.kafka.connection import Connection, rough_utc_offset_ns
@@ -169,7 +168,7 @@ class KafkaSink:
         """Close the client; messages in flight are dropped."""
         self._connection.close(self._flights.values())
 
-    def _produce(self, flight: Flight, rows: NDArray[np.int64] | None, *, alone: bool) -> None:
+    def _produce(self, flight: Flight, rows: Ints | None, *, alone: bool) -> None:
         """Pass rows of a batch to librdkafka; None: all."""
         batch = flight.batch
         if self._retries[batch.stream.name].waiting == self.in_flight[batch.stream.name]:
@@ -185,7 +184,7 @@ class KafkaSink:
         if self._connection.produce(self._topics[batch.stream.name], messages, alone=alone) < count:
             self._reports.append((rejected(messages), alone))
 
-    def _resend(self, number: int, rows: NDArray[np.int64], alone: bool) -> None:
+    def _resend(self, number: int, rows: Ints, alone: bool) -> None:
         self._produce(self._flights[number], rows, alone=alone)
 
     def _look_for_silence(self) -> None:

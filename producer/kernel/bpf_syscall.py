@@ -16,7 +16,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,10 @@ NO_PREALLOC, CLONE = 1 << 0, 1 << 9
 PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 2, 8, 26
 ATTACH_NONE, ATTACH_CGROUP_EGRESS, ATTACH_RAW_TP, ATTACH_FENTRY, ATTACH_FEXIT = 0, 1, 23, 24, 25
 ATTACH_ITER, ATTACH_PERF_EVENT = 28, 41
+INSTRUCTION = struct.Struct("<BBhi")
+"""struct bpf_insn: opcode, registers, offset and immediate number."""
+LD_IMM64, PSEUDO_MAP_FD = 0x18, 1
+"""The opcode that loads 64 bits, from two instructions, and its source register if these are a map's descriptor."""
 
 _BPF_FS_MAGIC = 0xCAFE4A11
 
@@ -130,7 +134,7 @@ def attach_tracing(program: int) -> int:
     return _call("bpf_raw_tracepoint_open", None, program)
 
 
-def attach_iterator(program: int, map_fd: int | None = None) -> int:
+def attach_iterator(program: int, map_fd: int | None) -> int:
     """Attach an iterator, over the elements of a map if it is one of those; return the link, for `run_iterator`."""
     opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts))
     if map_fd is not None:
@@ -293,7 +297,7 @@ def kprobe_misses(link: int) -> tuple[int, int]:
     return program_id, misses if is_kprobe else 0
 
 
-def close_all(descriptors: Sequence[int]) -> None:
+def close_all(descriptors: Iterable[int]) -> None:
     """Close descriptors."""
     for descriptor in descriptors:
         os.close(descriptor)
@@ -332,8 +336,8 @@ def wait_for_programs() -> None:
 
 
 def instruction(opcode: int, dst: int, src: int, offset: int, immediate: int) -> bytes:
-    """Return one BPF instruction, struct bpf_insn."""
-    return struct.pack("<BBhi", opcode, src << 4 | dst, offset, immediate)
+    """Return one BPF instruction."""
+    return INSTRUCTION.pack(opcode, src << 4 | dst, offset, immediate)
 
 
 _EXIT = instruction(0x95, 0, 0, 0, 0)

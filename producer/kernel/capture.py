@@ -87,8 +87,8 @@ class Capture:
         self._programs: dict[str, list[int]] = {}
         self._links: list[int] = []
         self._iterators: list[int] = []
-        self._last_missed: dict[int, int] = {}
         """Indexes of the links through which flows are read."""
+        self._last_missed: dict[int, int] = {}
         self._loader: Loader | None = None
         self._cpus = bpf_syscall.possible_cpus()
         self.hooks_in_use: dict[str, str] = {}
@@ -120,7 +120,7 @@ class Capture:
             opened = dict(zip(stored.objects, self._store.open(stored.objects), strict=True))
             stored = with_readable_rings(stored, opened)
         except (OSError, LookupError, ValueError) as error:
-            bpf_syscall.close_all(list(opened.values()))
+            bpf_syscall.close_all(opened.values())
             logger.warning("hooks of the last run cannot be taken over, the events in their rings are lost: %s", error)
             self._replacing = True
             return False
@@ -153,7 +153,7 @@ class Capture:
         # Until they are detached they capture the agent's own traffic too, so exclude it there as well.
         self._own_sockets = [opened.pop(stored.maps["own_sockets"])]
         self._descriptors = [*self._own_sockets]
-        bpf_syscall.close_all(list(opened.values()))
+        bpf_syscall.close_all(opened.values())
 
     def _load(self) -> None:
         settings = self._settings

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from producer.errors import ConfigError
-from producer.host.systemd import barrier, notify, number
+from producer.host.systemd import barrier, is_service, notify, number
 from producer.kernel.bpf_syscall import open_all
 from producer.kernel.manifest import parse_stored
 
@@ -35,7 +35,7 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SE
 
 def available() -> bool:
     """Whether this process is a systemd service with a file descriptor store."""
-    return bool(os.environ.get("NOTIFY_SOCKET")) and _limit() > 0
+    return is_service() and _limit() > 0
 
 
 class FdStore:

@@ -5,12 +5,13 @@ accepts or rejects, which takes a millisecond. Standard library only.
 """
 
 import errno
+import os
 from dataclasses import dataclass
 
 from producer.errors import PermissionDenied
 from producer.host import capabilities
 from producer.kernel import bpf_syscall
-from producer.kernel.bpf_syscall import instruction
+from producer.kernel.bpf_syscall import LD_IMM64, PSEUDO_MAP_FD, instruction
 from producer.kernel.btf import FUNC, TYPEDEF, Btf
 from producer.kernel.symbols import split_functions
 
@@ -22,8 +23,8 @@ SOCKET_STORAGE, TASK_FILES = ITERATORS = ("bpf_sk_storage_map", "task_file")
 _TRIAL_RING = bpf_syscall.MapInfo(bpf_syscall.MAP_RINGBUF, 0, 0, 1 << 16, 0, "trial")
 
 # Opcodes and helpers: include/uapi/linux/bpf.h.
-_LOAD, _STORE, _ATOMIC, _LD_IMM64, _MOV, _CALL = 0x79, 0x7A, 0xDB, 0x18, 0xB7, 0x85
-_FETCH_ADD, _MAP_FD = 0x01, 1
+_LOAD, _STORE, _ATOMIC, _MOV, _CALL = 0x79, 0x7A, 0xDB, 0xB7, 0x85
+_FETCH_ADD = 0x01
 _GET_SOCKET_COOKIE, _SK_STORAGE_GET = 46, 107
 _ARM64_FETCH = "aarch64_insn_gen_atomic_ld_op"
 _FIRST_ARGUMENT = instruction(_LOAD, 1, 1, 0, 0)  # the tracepoint's: a socket
@@ -84,7 +85,7 @@ def machine(btf: Btf) -> str:
 
 def _has_ring_buffer() -> bool:
     try:
-        bpf_syscall.close_all([bpf_syscall.create_map(_TRIAL_RING)])
+        os.close(bpf_syscall.create_map(_TRIAL_RING))
     except PermissionError as error:
         raise PermissionDenied(f"the kernel denies BPF maps to this process: {_why_denied()}") from error
     except OSError as error:
@@ -102,17 +103,8 @@ def _why_denied() -> str:
 
 def _has_atomic_fetch() -> bool:
     on_stack = instruction(_STORE, 10, 0, -8, 0) + instruction(_MOV, 1, 0, 0, 1)
-    try:
-        program = bpf_syscall.load_program(
-            "trial",
-            on_stack + instruction(_ATOMIC, 10, 1, -8, _FETCH_ADD) + bpf_syscall.RETURN_1,
-            bpf_syscall.PROG_CGROUP_SKB,
-            attach_type=bpf_syscall.ATTACH_CGROUP_EGRESS,
-        )
-    except bpf_syscall.VerifierError:
-        return False
-    bpf_syscall.close_all([program])
-    return True
+    instructions = on_stack + instruction(_ATOMIC, 10, 1, -8, _FETCH_ADD) + bpf_syscall.RETURN_1
+    return _loads(instructions, bpf_syscall.PROG_CGROUP_SKB, bpf_syscall.ATTACH_CGROUP_EGRESS)
 
 
 def _has_tracing_cookie(btf: Btf) -> bool:
@@ -125,36 +117,34 @@ def _has_tracing_storage(btf: Btf) -> bool:
     except OSError:
         return False
     arguments = _FIRST_ARGUMENT + instruction(0xBF, 2, 1, 0, 0)
-    arguments += instruction(_LD_IMM64, 1, _MAP_FD, 0, storage) + instruction(0, 0, 0, 0, 0)
+    arguments += instruction(LD_IMM64, 1, PSEUDO_MAP_FD, 0, storage) + instruction(0, 0, 0, 0, 0)
     arguments += instruction(_MOV, 3, 0, 0, 0) + instruction(_MOV, 4, 0, 0, 0)
     try:
         return _traces(arguments + instruction(_CALL, 0, 0, 0, _SK_STORAGE_GET), btf)
     finally:
-        bpf_syscall.close_all([storage])
+        os.close(storage)
 
 
 def _traces(instructions: bytes, btf: Btf) -> bool:
     """Whether a program of a socket's tracepoint can have these instructions."""
     target = btf.find(TYPEDEF, "btf_trace_inet_sock_set_state")
-    return _loads(instructions, bpf_syscall.ATTACH_RAW_TP, target)
+    return _loads(instructions + bpf_syscall.RETURN_0, bpf_syscall.PROG_TRACING, bpf_syscall.ATTACH_RAW_TP, target)
 
 
 def _iterates(objects: str, btf: Btf) -> bool:
-    return _loads(b"", bpf_syscall.ATTACH_ITER, btf.find(FUNC, f"bpf_iter_{objects}"))
+    target = btf.find(FUNC, f"bpf_iter_{objects}")
+    return _loads(bpf_syscall.RETURN_0, bpf_syscall.PROG_TRACING, bpf_syscall.ATTACH_ITER, target)
 
 
-def _loads(instructions: bytes, attach_type: int, target: int | None) -> bool:
+def _loads(instructions: bytes, prog_type: int, attach_type: int, target: int | None = 0) -> bool:
+    """Whether the verifier accepts a program; None is a `target` that the kernel lacks."""
     if target is None:
         return False
     try:
         program = bpf_syscall.load_program(
-            "trial",
-            instructions + bpf_syscall.RETURN_0,
-            bpf_syscall.PROG_TRACING,
-            attach_type=attach_type,
-            attach_btf_id=target,
+            "trial", instructions, prog_type, attach_type=attach_type, attach_btf_id=target
         )
     except bpf_syscall.VerifierError:
         return False
-    bpf_syscall.close_all([program])
+    os.close(program)
     return True

@@ -150,10 +150,7 @@ HOOKS_BY_STREAM = {
                 Probe("raw_tp_flow_state_again", "inet_sock_set_state", _RAW_TP),
                 *(2 * (Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),)),
                 Probe(
-                    "iter_flow_states",
-                    SOCKET_STORAGE,
-                    _ITER,
-                    substitute=Probe("iter_flow_files", TASK_FILES, _ITER),
+                    "iter_flow_states", SOCKET_STORAGE, _ITER, substitute=Probe("iter_flow_files", TASK_FILES, _ITER)
                 ),
             ),
         ),

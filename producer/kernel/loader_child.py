@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.errors import HookError, RebpfError, UnavailableError
 from producer.host import capabilities
 from producer.host.cgroups import cgroup2_root
 from producer.kernel import bpf_syscall, hooks, program_cache, program_files, source
@@ -113,8 +113,7 @@ def _is_short_of_descriptors(error: BaseException | None) -> bool:
 
 
 def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
-    if capabilities.missing(capabilities.LOADING):
-        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    capabilities.require_loading()
     bpf_syscall.check_machine()
     btf = Btf.load(Path(request["btf"] or VMLINUX))
     if request["do"] == "compile":

@@ -7,13 +7,13 @@ import logging
 import mmap
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from producer.events import STREAMS, Stream
-from producer.host import state_file
+from producer.host.text import parse_json
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import Refusal
 from producer.kernel.ringbuf import Ring
@@ -64,35 +64,28 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
         return {
-            "fingerprint": self.fingerprint,
-            "ring_id": self.ring_id,
-            "hooks": dict(self.hooks),
-            "refusals": [[each.stream, each.hook, each.reason] for each in self.refusals],
-            "maps": dict(self.maps),
-            "programs": {stream: list(names) for stream, names in self.programs.items()},
-            "links": list(self.links),
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "refusals": [astuple(each) for each in self.refusals],
             "rings": [_ring_json(ring) for ring in self.rings],
-            "old_ring_id": self.old_ring_id,
             "old_rings": [_ring_json(ring) for ring in self.old_rings],
-            "iterators": list(self.iterators),
         }
 
     @classmethod
     def from_json(cls, manifest: Mapping[str, Any]) -> "Manifest":
         """Return the manifest. ValueError if it is invalid or has another version's layout."""
         try:
-            fields = dict(manifest)
-            fields["refusals"] = [Refusal(*each) for each in fields["refusals"]]
+            known = dict(manifest)
+            known["refusals"] = [Refusal(*each) for each in known["refusals"]]
             for name in ("rings", "old_rings"):
-                fields[name] = [_ring(ring) for ring in fields[name]]
-            return _checked(cls(**fields))
+                known[name] = [_ring(ring) for ring in known[name]]
+            return _checked(cls(**known))
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the manifest cannot be read: {type(error).__name__}: {error}") from error
 
 
 def parse_stored(text: bytes) -> dict[str, Any]:
     """Return what a store has saved: the names of the objects, and the manifest. ValueError if it is neither."""
-    content = state_file.parse(text)
+    content = parse_json(text)
     if (
         not isinstance(content, dict)
         or not isinstance(content.get("manifest"), dict)

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from producer.host import state_file
+from producer.host.text import parse_json
 from producer.kernel import bpf_syscall
+from producer.kernel.bpf_syscall import INSTRUCTION, LD_IMM64, PSEUDO_MAP_FD
 from producer.kernel.source import HZ_MARK
 
 MAX_FILES = 8
 """Files in the folder; the least recently used beyond these are deleted."""
 
-_INSTRUCTION = struct.Struct("<BBhi")
-_LD_IMM64, _MAP_FD = 0x18, 1
 _MOST_FILE_BYTES = 1 << 26  # a real one has about 100 KB
 _OURS = re.compile(r"[0-9a-f]{64}\.(json|new)|tmp\w{8}")
 """Names of our files and of those that a crash left; others stay, in case state_dir is a folder of something else."""
@@ -71,15 +71,15 @@ def _with_numbers(instructions: bytes, number: Callable[[int], int], hz: int | N
     changed = bytearray(instructions)
     at = 0
     while at < len(instructions):
-        opcode, registers, offset, immediate = _INSTRUCTION.unpack_from(instructions, at)
-        if opcode == _LD_IMM64 and registers >> 4 == _MAP_FD:
-            _INSTRUCTION.pack_into(changed, at, opcode, registers, offset, number(immediate))
-        elif opcode == _LD_IMM64 and registers >> 4:
+        opcode, registers, offset, immediate = INSTRUCTION.unpack_from(instructions, at)
+        if opcode == LD_IMM64 and registers >> 4 == PSEUDO_MAP_FD:
+            INSTRUCTION.pack_into(changed, at, opcode, registers, offset, number(immediate))
+        elif opcode == LD_IMM64 and registers >> 4:
             raise ValueError(f"instruction {at // 8} refers to something other than a map")
-        elif hz and opcode == _LD_IMM64 and _number(instructions, at) == HZ_MARK:
-            _INSTRUCTION.pack_into(changed, at, opcode, registers, offset, hz)
-            _INSTRUCTION.pack_into(changed, at + 8, 0, 0, 0, 0)
-        at += 16 if opcode == _LD_IMM64 else 8
+        elif hz and opcode == LD_IMM64 and _number(instructions, at) == HZ_MARK:
+            INSTRUCTION.pack_into(changed, at, opcode, registers, offset, hz)
+            INSTRUCTION.pack_into(changed, at + 8, 0, 0, 0, 0)
+        at += 16 if opcode == LD_IMM64 else 8
     return bytes(changed)
 
 
@@ -194,7 +194,7 @@ def _unpacked(key: str, data: bytes) -> tuple[list[list[Any]], Compiled]:
     if checksum != _checksum(key, body):
         raise ValueError(f"{key}.json is damaged")
     try:
-        known = state_file.parse(body)
+        known = parse_json(body)
         compiler = [[str(path), *known] for path, *known in known["compiler"]]
         return compiler, from_json(known)
     except (LookupError, TypeError, AttributeError, ValueError) as error:

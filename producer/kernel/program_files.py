@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from producer.host import state_file
+from producer.host.text import parse_json
 from producer.kernel import source
 from producer.kernel.btf import Btf
 from producer.kernel.features import Features, machine
@@ -117,7 +117,7 @@ class ProgramFiles:
         start = json.dumps({"hooks": combination})[:-1].encode()
         line = next((line for line in self._lines if line.startswith(start)), None)
         try:
-            return None if line is None else from_json(state_file.parse(line))
+            return None if line is None else from_json(parse_json(line))
         except ValueError as error:
             self.refusals.append(f"{self.fitting}: {error}")
             return None
@@ -141,7 +141,7 @@ def _candidates(path: Path | None, refusals: list[str]) -> Iterable[Path]:
 
 def _identity(header: bytes) -> Identity | None:
     try:
-        known = state_file.parse(header)
+        known = parse_json(header)
         if known.pop("format") != _FORMAT or not all(isinstance(value, str) for value in known.values()):
             return None
         return Identity(**known)

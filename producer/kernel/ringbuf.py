@@ -42,11 +42,7 @@ class Ring:
     """
 
     def __init__(
-        self,
-        descriptor: int,
-        size_bytes: int,
-        dtype: np.dtype[np.void],
-        clock: Callable[[], float] = time.monotonic,
+        self, descriptor: int, size_bytes: int, dtype: np.dtype[np.void], clock: Callable[[], float] = time.monotonic
     ) -> None:
         page = mmap.PAGESIZE
         consumer = mmap.mmap(descriptor, page)
@@ -140,7 +136,7 @@ class Ring:
         return first
 
     def _repair(self) -> None:
-        """Replace an invalid consumer position, with which the kernel would not continue."""
+        """Replace an invalid consumer position, which would keep the kernel from writing."""
         end = int(self._producer[0])
         unread = end - self.position
         if 0 <= unread <= self.size_bytes and unread % self.stride == 0:

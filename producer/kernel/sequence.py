@@ -22,6 +22,7 @@ from typing import Any
 
 from producer.events import STREAMS
 from producer.host import state_file
+from producer.host.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _text(note: _Note) -> bytes:
 
 def _parsed(text: bytes) -> _Note:
     """Raises ValueError or TypeError if this is not a note."""
-    content: Any = state_file.parse(text)
+    content: Any = parse_json(text)
     if not isinstance(content, dict) or content.pop("crc32", None) != _crc32(content):
         raise ValueError("wrong checksum")
     return _Note(**content)

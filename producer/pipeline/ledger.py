@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.host import state_file
+from producer.host.text import parse_json
 from producer.spool.disk import UNRELATED
 from producer.spool.spool import Spool
 
@@ -119,7 +120,7 @@ def _account(page: bytes) -> Account:
     crc, _, text = page.rstrip(b" \0").partition(b" ")
     if int(crc, 16) != zlib.crc32(text):
         raise ValueError("the checksum is wrong")
-    account = Account(**state_file.parse(text))
+    account = Account(**parse_json(text))
     lost: Any = account.lost
     if not isinstance(account.ring, str) or not isinstance(lost, dict):
         raise ValueError("a field has another type")

@@ -50,7 +50,7 @@ class Window:
         return self._entries.popitem(last=False)[1]
 
     def finish(self, batch: EncodedBatch, lost: Counter[str]) -> InFlight | None:
-        """Note that no message of a batch is in flight any more; return it, or None if it is not in this window."""
+        """Note that a batch has no messages in flight now; return it, or None if it is not in this window."""
         if entry := self._entries.get(batch):
             entry.done, entry.lost = True, lost
         return entry

@@ -21,6 +21,7 @@ from producer.events import SchemaId
 from producer.host import state_file
 from producer.host.http_exchange import Answer, ExchangeError, exchange
 from producer.host.signals import Flag
+from producer.host.text import parse_json
 
 MOST_ID = (1 << 31) - 1
 NOT_FOUND = frozenset({40401, 40402, 40403})
@@ -188,8 +189,8 @@ def _parsed(answer: Answer) -> dict[str, Any]:
 
 def _json(text: Any) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, TypeError, RecursionError):
+        return parse_json(text)
+    except (ValueError, TypeError):
         return None
 
 

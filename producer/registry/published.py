@@ -21,13 +21,9 @@ def schema_ids(config: Config, stop: Flag | None = None, streams: Sequence[Strea
     if config.registry.url is None:
         return {topic(config, feed): feed.fixed_schema_id for feed in (*streams, HEARTBEATS)}
     registry = SchemaIds(config.registry, config.state_dir / "schema_ids.json", stop=stop)
-    return registry.find(_schemas(config, streams), optional=_schemas(config, [HEARTBEATS]))
+    return registry.find(schemas_by_topic(config, streams), optional=schemas_by_topic(config, [HEARTBEATS]))
 
 
-def published_schemas(config: Config) -> dict[Topic, AvroSchema]:
-    """Return this version's schema of each topic."""
-    return _schemas(config, [*config.capture.streams, HEARTBEATS])
-
-
-def _schemas(config: Config, feeds: Sequence[Feed]) -> dict[Topic, AvroSchema]:
+def schemas_by_topic(config: Config, feeds: Sequence[Feed]) -> dict[Topic, AvroSchema]:
+    """Return this version's schema of each feed's topic."""
     return {topic(config, feed): load_schema(feed.schema_file) for feed in feeds}

@@ -21,6 +21,7 @@ from producer.events import SchemaId, Topic
 from producer.health.metrics import counted
 from producer.host import state_file
 from producer.host.signals import Flag
+from producer.host.text import parse_json
 from producer.registry.client import (
     INCOMPATIBLE,
     INVALID,
@@ -51,11 +52,7 @@ class SchemaIds:
     """
 
     def __init__(
-        self,
-        settings: Registry,
-        cache: Path | None,
-        attempts: int = _ATTEMPTS,
-        stop: Flag | None = None,
+        self, settings: Registry, cache: Path | None, attempts: int = _ATTEMPTS, stop: Flag | None = None
     ) -> None:
         self._stop: Flag = stop if stop is not None else threading.Event()
         self._client = RegistryClient(settings, self._stop)
@@ -156,7 +153,7 @@ class SchemaIds:
         if self._cache is None:
             return {}
         try:
-            content = state_file.parse(state_file.read(self._cache, _MOST_CACHE_BYTES))
+            content = parse_json(state_file.read(self._cache, _MOST_CACHE_BYTES))
         except (OSError, ValueError):
             return {}
         if not isinstance(content, dict):

@@ -10,9 +10,9 @@ from producer.consume.audit import Audit, BootReport
 from producer.consume.columns import Columns, Table
 from producer.consume.period import Period
 from producer.errors import UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
-from producer.export.arrow import Mask, batch_of, schema_of
-from producer.export.events import Choice, within
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Mask, Stream
+from producer.export.arrow import batch_of, schema_of
+from producer.export.events import PartFilter, within
 from producer.export.part import Part
 from producer.export.sources import Files, Topics
 from producer.host.progress import Progress
@@ -56,8 +56,8 @@ class Collected:
     undecodable: int
 
 
-def collect(source: Files | Topics, period: Period, choice: Choice | None = None) -> Collected:
-    """Read flows and retransmissions, and count transmits; `choice` does not apply to the quality.
+def collect(source: Files | Topics, period: Period, matches: PartFilter | None = None) -> Collected:
+    """Read flows and retransmissions, and count transmits; `matches` does not apply to the quality.
 
     It does not apply to records of connections before the period either, from which their counters grow.
     """
@@ -68,14 +68,14 @@ def collect(source: Files | Topics, period: Period, choice: Choice | None = None
     sampled = dict.fromkeys(NAMES, 0)
     kept = 0
     with Progress("reading events") as progress:
-        for part in source.parts(NAMES if choice is None else {}, progress):
+        for part in source.parts(NAMES if matches is None else {}, progress):
             chosen = within(part, _earlier(period) if part.stream == FLOWS else period)
             audited = within(part, period)
             counts[part.stream] += int(np.count_nonzero(audited))
             sampled[part.stream] += _sampled(part.table, audited)
             _audit(audits[part.stream], part, audited)
-            if choice is not None:
-                chosen &= choice(part) | ~audited
+            if matches is not None:
+                chosen &= matches(part) | ~audited
             if part.stream in batches and chosen.any():
                 batches[part.stream].append(batch_of(schemas[part.stream], part.table, chosen))
                 kept += int(np.count_nonzero(chosen))

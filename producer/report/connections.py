@@ -10,7 +10,8 @@ import numpy as np
 
 from producer.connections import Connections as Table
 from producer.events import CAUSES as EVENT_CAUSES
-from producer.report.frame import Frame, Ints, Mask
+from producer.events import Ints, Mask
+from producer.report.frame import Frame
 from producer.view.limits import Interval, limits
 
 CAUSES = (*EVENT_CAUSES[1:], EVENT_CAUSES[0])
@@ -33,8 +34,6 @@ COLUMNS = frozenset(
 )
 MARGIN_NS = 120_000_000_000
 """How long before a period records are read; longer than the interval of records."""
-
-
 _ROWS = 1 << 16
 
 
@@ -80,7 +79,7 @@ class Connections:
 
 
 def connections(flows: Frame, since_ns: int | None) -> Connections:
-    """Return what happened from `since_ns` on, or a margin before the first record; `flows` may have earlier records."""
+    """Return what happened from `since_ns` on, or a margin before the first record; `flows` may have earlier ones."""
     ids, firsts = flows.connections()
     ts_ns, start_ns, codes = flows.numbers("ts_ns"), flows.numbers("start_ns"), flows.codes("reason")
     closes = codes == _code(flows, "reason", "close")

@@ -5,12 +5,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from producer.consume.columns import groups
-
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+from producer.events import Ints
 
 
 class Frame:

@@ -15,9 +15,10 @@ from matplotlib.dates import AutoDateLocator, DateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from producer.events import Ints
 from producer.host.text import printable
 from producer.host.when import readable
-from producer.report.frame import Frame, Ints
+from producer.report.frame import Frame
 from producer.report.summary import Line, Summary, Timeline, WorstFlow, segments_of
 
 # The palette of Okabe and Ito, which people with any color vision can tell apart.

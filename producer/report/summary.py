@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.consume.period import Period
-from producer.events import FLOWS, RETRANSMITS
+from producer.events import FLOWS, RETRANSMITS, Ints
 from producer.host.endpoints import endpoint
 from producer.report.collect import Collected, FlowChoice, Quality
 from producer.report.connections import CAUSES, Connections, connections
-from producer.report.frame import Frame, Ints
+from producer.report.frame import Frame
 from producer.view.limits import LIMITS
 
 MOST_LINES = 10

@@ -16,7 +16,7 @@ ABOUT_THE_FILE = frozenset({
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG,
 })  # fmt: skip
 """Error numbers after which a retry is useless: the file is missing, or not a spool's."""
-_PATIENCE_S = 300.0
+_RETRY_S = 300.0
 """The disk may come back, or an operator changes the file's owner."""
 
 
@@ -62,22 +62,22 @@ class Disk:
         path.unlink(missing_ok=True)
 
 
-class Patience:
-    """Decides how long reading a file is retried, one file at a time."""
+class Retries:
+    """Limits how long reading a file is retried, one file at a time."""
 
     def __init__(self, now: Callable[[], Moment]) -> None:
         self._now = now
         self._failing: tuple[Path, Moment] | None = None
         """The file that cannot be read, and since when."""
 
-    def lasts(self, path: Path, error: OSError) -> bool:
+    def allow(self, path: Path, error: OSError) -> bool:
         """Whether to try again after this error."""
         if error.errno in PASSING or error.errno in ABOUT_THE_FILE:
             return error.errno in PASSING
         now = self._now()
         if self._failing is None or self._failing[0] != path:
             self._failing = path, now
-        return now.since(self._failing[1]) < _PATIENCE_S
+        return now.since(self._failing[1]) < _RETRY_S
 
     def reset(self) -> None:
         """Note that reading has succeeded."""

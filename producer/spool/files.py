@@ -9,6 +9,7 @@ from pathlib import Path
 
 from producer.host import state_file
 from producer.host.clock import Moment
+from producer.host.text import parse_json
 from producer.spool.disk import ABOUT_THE_FILE
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def files(folder: Path, ending: str) -> list[Path]:
 def made_at(metadata: Mapping[str, str]) -> Moment | None:
     """Return a file's creation time from its header's metadata; None if it is missing or invalid."""
     try:
-        made = Moment(**state_file.parse(metadata["rebpf.made"]))
+        made = Moment(**parse_json(metadata["rebpf.made"]))
     except (ValueError, TypeError, KeyError):
         return None
     times = made.boottime_s, made.time_s

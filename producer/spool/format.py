@@ -16,9 +16,8 @@ from typing import Any
 import fastavro
 import numpy as np
 import zstandard
-from numpy.typing import NDArray
 
-from producer.events import EncodedBatch, Stream
+from producer.events import EncodedBatch, Ints, Stream
 
 FORMAT = "1"
 _FRAME_BYTES = 5
@@ -228,7 +227,7 @@ def _batch(stream: Stream, raw: bytes) -> Spooled:
     return Spooled(batch, prefix["first"], prefix["ring"], prefix["position"], prefix["reason"])
 
 
-def _compact_keys(batch: EncodedBatch) -> tuple[NDArray[np.int64], bytes, NDArray[np.int64]]:
+def _compact_keys(batch: EncodedBatch) -> tuple[Ints, bytes, Ints]:
     """Return the index of each message's key, the used keys concatenated, and their lengths."""
     is_first = np.diff(batch.key_starts, prepend=-1) != 0  # messages that share a key follow each other
     key_starts, lengths = batch.key_starts[is_first], batch.key_lengths[is_first]
@@ -239,7 +238,7 @@ def _compact_keys(batch: EncodedBatch) -> tuple[NDArray[np.int64], bytes, NDArra
     return numbers, batch.keys[indexes[columns < lengths[:, None]]].tobytes(), lengths
 
 
-def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def _starts(lengths: Ints) -> Ints:
     return np.cumsum(lengths) - lengths
 
 

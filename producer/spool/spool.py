@@ -28,7 +28,7 @@ from typing import Any
 from producer.events import EncodedBatch, Stream
 from producer.host import state_file
 from producer.host.clock import Moment
-from producer.spool.disk import UNRELATED, Disk, Patience
+from producer.spool.disk import UNRELATED, Disk, Retries
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, SpoolFile, files, made_at, make_folder, size_bytes
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 
@@ -82,7 +82,7 @@ class Spool:
         self._writer: tuple[SpoolFile, int, bytes] | None = None
         """The file being written, its descriptor and its sync marker."""
         self._reading: tuple[SpoolFile, int, Reader] | None = None
-        self._patience = Patience(now)
+        self._retries = Retries(now)
         self.acked = self.sent = self.end = 0
         self.discarded = 0
         """Events from `acked` on that are already counted as lost."""
@@ -157,7 +157,7 @@ class Spool:
                 self._end_reading()  # a descriptor may stay broken when its disk comes back
                 self._skip(file, error)
                 continue
-            self._patience.reset()
+            self._retries.reset()
             file.damaged |= reader.damaged or file.size > _MOST_FILE_BYTES
             if spooled is None:
                 if self._is_written(file) and self.sent == self.end:
@@ -318,7 +318,7 @@ class Spool:
     def _skip(self, file: SpoolFile, error: DamagedError | OSError) -> None:
         """Skip a damaged file, or one that cannot be read; raise the error as long as a retry may succeed."""
         if isinstance(error, OSError):
-            if self._patience.lasts(file.path, error):
+            if self._retries.allow(file.path, error):
                 raise error
             logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         file.damaged = True

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from producer.consume.addresses import is_within, network, parsed
-from producer.consume.columns import Column, Mask, passing, text_to_map
-from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS
+from producer.consume.columns import Column, passing, text_to_map
+from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS, Mask
 from producer.schemas import load_schema
 from producer.view.records import Records
 

@@ -9,8 +9,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from producer.consume.columns import Mask
 from producer.errors import UsageError
+from producer.events import Mask
 from producer.view.conditions import (
     CONDITIONS,
     LABEL,

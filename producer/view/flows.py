@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.connections import Connections, Growth, connection_keys
-from producer.consume.columns import Column, Mask
-from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.consume.columns import Column
+from producer.events import CAUSES, FLOWS, RETRANSMITS, Ints, Mask
 from producer.view.limits import Interval
 from producer.view.records import Records
 
@@ -66,7 +66,7 @@ class Happened(NamedTuple):
     failed: Numbers
     """Failed connects."""
 
-    def select(self, chosen: NDArray[np.bool_]) -> "Happened":
+    def select(self, chosen: Mask) -> "Happened":
         """Return the chosen rows."""
         return Happened(*(column[chosen] for column in self))
 
@@ -149,7 +149,7 @@ class Flows:
             _equals(records["role"], "server"),
         )
 
-    def _describe(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
+    def _describe(self, records: Records, slots: Ints, now_s: float) -> None:
         """Store whose the connections are, new ones included."""
         if len(self._table) > len(self._rows):
             more = np.zeros(max(len(self._rows), len(self._table) - len(self._rows)), _DTYPE)
@@ -171,7 +171,7 @@ class Flows:
             self._characters += len(text)
         return number
 
-    def _add_retransmissions(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
+    def _add_retransmissions(self, records: Records, slots: Ints, now_s: float) -> None:
         rates = np.clip(records["sample_rate"].cells.astype(np.int64), 1, _MAX_RATE)
         segs = np.minimum(_bounded(records, "segs") * rates, _MAX_NUMBER)
         zeros = np.zeros_like(segs)
@@ -216,9 +216,9 @@ def interval(rows: NDArray[np.void]) -> Interval:
     return Interval(elapsed_ns // 1000, *grown, *(rows[name] for name in Interval._fields[8:]))
 
 
-def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int]) -> dict[str, NDArray[np.int64]]:
+def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int]) -> dict[str, Ints]:
     """Return a number for each text of these fields, and 0 for null; the columns of a batch often share their texts."""
-    numbers: dict[int, NDArray[np.int64]] = {}
+    numbers: dict[int, Ints] = {}
     found = {}
     for name in names:
         column = records[name]
@@ -231,20 +231,20 @@ def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int
     return found
 
 
-def _bounded(records: Records, name: str) -> NDArray[np.int64]:
-    """Return numbers as far as a kernel could write them: whoever may write to a topic chooses them."""
+def _bounded(records: Records, name: str) -> Ints:
+    """Return numbers, limited to what a kernel could write: whoever may write to a topic chooses them."""
     most = _MAX_PORT if name in ("sport", "dport") else _MAX_TIME_NS if name.endswith("_ns") else _MAX_NUMBER
     return np.clip(records[name].cells.astype(np.int64), 0, most)
 
 
-def _equals(column: Column, text: str) -> NDArray[np.bool_]:
+def _equals(column: Column, text: str) -> Mask:
     if not column.texts or text not in column.texts:
         return np.zeros(len(column.cells), np.bool_)
     equal: Mask = column.valid & (column.cells == column.texts.index(text))
     return equal
 
 
-def _causes(column: Column) -> NDArray[np.int64]:
+def _causes(column: Column) -> Ints:
     """Return the causes as indexes in CAUSES."""
     number = {cause: index for index, cause in enumerate(CAUSES)}
     by_text = np.array([number.get(text, 0) for text in column.texts or [""]])

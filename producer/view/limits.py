@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.events import Ints
+
 LIMITS = ("idle", "application", "receiver", "send_buffer", "congestion", "loss")
 """Names by number."""
 IDLE, APPLICATION, RECEIVER, SEND_BUFFER, CONGESTION, LOSS = range(len(LIMITS))
@@ -18,7 +20,7 @@ _QUEUE_FACTOR = 2.0
 _QUEUE_US = 2000.0
 """A round trip above twice the shortest one, and 2 ms, is spent in a queue. Losses then come from its overflow."""
 
-Numbers = NDArray[np.int64] | NDArray[np.float64]
+Numbers = Ints | NDArray[np.float64]
 
 
 class Interval(NamedTuple):
@@ -46,7 +48,7 @@ def spurious(interval: Interval) -> Numbers:
     return np.minimum(interval.dsack_dups, interval.total_retrans)
 
 
-def limits(interval: Interval) -> NDArray[np.int64]:
+def limits(interval: Interval) -> Ints:
     """Return what limited each connection, as an index of LIMITS."""
     busy = interval.busy_time_us
     network = busy - interval.rwnd_limited_us - interval.sndbuf_limited_us

@@ -20,7 +20,7 @@ from producer.host.clock import UtcOffset, boot_id
 from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
 from producer.schemas import load_schema
-from producer.view.records import Records, of_table
+from producer.view.records import Records
 from producer.view.unseen import Unseen
 
 _RING_BYTES = {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 25}
@@ -88,7 +88,7 @@ class LocalSource:
                 encoded = self._encoders[stream].encode(Batch(stream, rows), self._utc_offset())
                 ring.commit(ring.position)
                 parts, _ = self._decoder.tables([*encoded.values()])
-                found += [of_table(stream, table) for _, table in parts]
+                found += [Records.from_table(stream, table) for _, table in parts]
         return found
 
     def report(self) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from producer.consume.columns import Column, Mask, Table, map_to_text, rows_of
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.consume.columns import Column, Table, map_to_text, rows_of
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Mask, Stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,6 +17,17 @@ class Records:
     stream: Stream
     size: int
     columns: dict[str, Column]
+
+    @classmethod
+    def from_table(cls, stream: Stream, table: Table) -> "Records":
+        """Return the messages of a table that could be decoded."""
+        return cls(stream, int(np.count_nonzero(table.status == 0)), table.columns())
+
+    @classmethod
+    def from_rows(cls, stream: Stream, rows: Sequence[dict[str, Any]]) -> "Records":
+        """Return records from Python objects that all have the same fields."""
+        names = rows[0] if rows else ()
+        return cls(stream, len(rows), {name: _column([row[name] for row in rows]) for name in names})
 
     def __len__(self) -> int:
         return self.size
@@ -51,17 +62,6 @@ def stream_of(names: Collection[str]) -> Stream | None:
     if "cause" in names:
         return RETRANSMITS
     return FLOWS if "reason" in names else TRANSMITS if "is_retransmit" in names else None
-
-
-def of_table(stream: Stream, table: Table) -> Records:
-    """Return the messages of a table that could be decoded."""
-    return Records(stream, int(np.count_nonzero(table.status == 0)), table.columns())
-
-
-def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:
-    """Return records from Python objects that all have the same fields."""
-    names = rows[0] if rows else ()
-    return Records(stream, len(rows), {name: _column([row[name] for row in rows]) for name in names})
 
 
 def _column(values: Iterable[Any]) -> Column:

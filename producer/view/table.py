@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from producer.connections import service_port
 from producer.consume.addresses import subnet
-from producer.events import CAUSES
+from producer.events import CAUSES, Ints
 from producer.host.endpoints import endpoint
 from producer.view.flows import HISTORY_S, Flows, Happened, interval
 from producer.view.limits import IDLE, LIMITS, limits
@@ -132,7 +132,7 @@ class _Names:
     def __call__(self, group: int) -> str:
         return self._name(group) or _NONE
 
-    def ranks(self) -> NDArray[np.int64]:
+    def ranks(self) -> Ints:
         """Return each group's place in the order of the names."""
         return _ranks([self(group) for group in range(self._count)])
 
@@ -144,14 +144,14 @@ class _FlowNames(_Names):
         super().__init__(len(flows.rows), _flow_names(flows))
         self._flows = flows
 
-    def ranks(self) -> NDArray[np.int64]:
+    def ranks(self) -> Ints:
         """Return each connection's place in the order of the names."""
         rows, address = self._flows.rows, _ranks(self._flows.texts())
         order = np.lexsort((rows["dport"], address[rows["daddr"]], rows["sport"], address[rows["saddr"]]))
         return np.argsort(order)
 
 
-def _ranks(texts: list[str]) -> NDArray[np.int64]:
+def _ranks(texts: list[str]) -> Ints:
     """Return each text's place in natural order."""
     natural = list(map(_natural, texts))
     return np.argsort(np.array(sorted(range(len(texts)), key=natural.__getitem__), np.int64))
@@ -162,7 +162,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:
+def _groups(flows: Flows, by: str) -> tuple[_Names, Ints]:
     """Return the names of groups, and the group of each slot; -1 if it is in none."""
     rows, texts = flows.rows, flows.texts()
     if by in _TEXT_FIELDS:
@@ -201,8 +201,8 @@ class _View:
         self,
         flows: Flows,
         happened: Happened,
-        group: NDArray[np.int64],
-        group_of_slot: NDArray[np.int64],
+        group: Ints,
+        group_of_slot: Ints,
         count: int,
         now_s: float,
         window_s: float,
@@ -219,7 +219,7 @@ class _View:
         self.flows = np.bincount(group_of_slot[self._open], minlength=count)
         self._minute = np.bincount(group, happened.retransmitted + happened.failed, count)
 
-    def active(self) -> NDArray[np.int64]:
+    def active(self) -> Ints:
         """Return the groups with traffic in the window, or retransmissions in the last minute, or open connections."""
         return np.flatnonzero((self.segs > 0) | (self._minute > 0) | (self.flows > 0))
 

@@ -16,7 +16,7 @@ from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.schemas import streams
-from producer.view.records import Records, of_table
+from producer.view.records import Records
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ class TopicSource:
 
     def _earlier(self) -> Iterator[Records]:
         since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
-        reader = TopicReader(
-            self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
-        )
+        reader = TopicReader(self._brokers, self._topics, self._client_settings, since_ms=since_ms, skip_missing=True)
         with contextlib.closing(reader), Progress("reading the last records") as progress:
             for batch in reader.batches(progress):
                 if self._stop.is_set():
@@ -83,7 +81,7 @@ class TopicSource:
                 for messages in batch.values():
                     parts, _ = self._decoder.tables([message.value() for message in messages])
                     found = (table for _, table in parts if streams().get(table.plan.record) == FLOWS)
-                    yield from (of_table(FLOWS, table) for table in found)
+                    yield from (Records.from_table(FLOWS, table) for table in found)
 
     def read(self) -> list[Records]:
         """Return the records that have arrived, within a bounded time."""
@@ -95,7 +93,7 @@ class TopicSource:
                 many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
                 self._skipped["other reasons" if many else each.reason] += 1
             tables = [(streams().get(table.plan.record), table) for _, table in parts]
-            found += [of_table(stream, table) for stream, table in tables if stream is not None]
+            found += [Records.from_table(stream, table) for stream, table in tables if stream is not None]
             wait_s = 0
             if time.monotonic() > deadline:
                 break

@@ -17,7 +17,7 @@ from producer.events import FLOWS, KNOWN, REASONS, STATES, Batch
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from producer.view.flows import Flows
-from producer.view.records import of_table
+from producer.view.records import Records
 from producer.view.table import table
 from tests.support.encoding import messages
 
@@ -65,7 +65,7 @@ def main() -> None:
         for first in range(0, len(found), _BATCH):
             parts, _ = decoder.tables(found[first : first + _BATCH], None)
             for _, part in parts:
-                flows.add(of_table(FLOWS, part), 10.0 * number)
+                flows.add(Records.from_table(FLOWS, part), 10.0 * number)
         took = time.process_time() - start
         start = time.process_time()
         shown = table(flows, "peer", "retransmitted", 10.0 * number, 10.0, 50)

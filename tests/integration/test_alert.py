@@ -22,9 +22,8 @@ from producer.alert.record import AlertEncoder
 from producer.commands.init import create_topics
 from producer.config.load import Config, Kafka
 from producer.consume.decode import Decoder
-from producer.events import RETRANSMITS
+from producer.events import ALERTS, HEARTBEATS, RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_ID, HEARTBEAT_ID
 from tests.support.alert_member import Member
 from tests.support.alerts import alert_records
 from tests.support.events import Sent, messages
@@ -123,7 +122,7 @@ class Feed:
         self._client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random"})
         self._prefix = prefix
         self._ids = {prefix + topic: number for topic, number in FIXED_IDS.items()}
-        self._beats = HeartbeatEncoder(HEARTBEAT_ID)
+        self._beats = HeartbeatEncoder(HEARTBEATS.fixed_schema_id)
         self._sent = 0
 
     def window(self, number: int, start_s: int) -> None:
@@ -187,7 +186,7 @@ def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, ca
         for group in ("a", "b", "c")
     )
     resolved = replace(over, firing=False, value=0.0)
-    encoder = AlertEncoder(ALERT_ID)
+    encoder = AlertEncoder(ALERTS.fixed_schema_id)
     client = Producer({"bootstrap.servers": kafka.bootstrap})
     for alert in (fires, over, forgotten, resolved):
         key, value = encoder.encode(alert, time.time())

@@ -13,7 +13,7 @@ from producer.config.load import Alert as AlertConfig
 from producer.config.load import Config, Kafka, Registry
 from producer.errors import SchemaError
 from producer.events import ALERTS
-from producer.schemas import ALERT_FILE, load_schema
+from producer.schemas import load_schema
 from tests.support.alerts import COUNT, LOSS
 from tests.support.servers import alertmanager
 from tests.support.servers.alertmanager import AlertmanagerServer
@@ -82,7 +82,7 @@ def alerts(bootstrap: str, topic: str) -> list[tuple[bytes | None, int, Alert]]:
     found = []
     for message in kcat_messages(bootstrap, topic):
         assert message.value is not None
-        number, record = decode(message.value, load_schema(ALERT_FILE))
+        number, record = decode(message.value, load_schema(ALERTS.schema_file))
         del record["ts"], record["summary"]
         found.append((message.key, number, Alert(**record)))
     return found

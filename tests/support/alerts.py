@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from producer.alert.model import Alert
-from producer.schemas import ALERT_FILE, load_schema
+from producer.events import ALERTS
+from producer.schemas import load_schema
 from tests.support.servers.consume import decode, kcat_messages
 
 LOSS = Alert(
@@ -41,7 +42,7 @@ def alert_records(bootstrap: str, prefix: str) -> list[dict[str, Any]]:
     found = []
     for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
         assert message.value is not None
-        record = decode(message.value, load_schema(ALERT_FILE))[1]
+        record = decode(message.value, load_schema(ALERTS.schema_file))[1]
         assert message.key == f"{record['rule']}/{record['group']}".encode()
         found.append(record)
     return found

@@ -6,7 +6,7 @@ import numpy as np
 
 from producer.consume.decode import Decoder
 from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS, Batch, Stream
-from producer.view.records import Records, of_table
+from producer.view.records import Records
 from tests.support.encoding import OFFSET_NS, encoder_of, messages
 
 SECOND_NS = 1_000_000_000
@@ -17,7 +17,7 @@ def decoded(stream: Stream, rows: Any) -> Records:
     values = [value for _, value in messages(encoder_of(stream).encode(Batch(stream, rows), OFFSET_NS))]
     parts, _ = Decoder(None).tables(values, None)
     [(_, table)] = parts
-    return of_table(stream, table)
+    return Records.from_table(stream, table)
 
 
 def retransmits(*events: dict[str, Any]) -> Any:

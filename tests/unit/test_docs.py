@@ -76,7 +76,7 @@ def logged() -> set[str]:
         node
         for path in (ROOT / "producer").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("logger.", "_LOG."))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger.")
     )
     return {
         re.sub(r"(%(\.\d)?[sdfr])+", "...", call.args[0].value)

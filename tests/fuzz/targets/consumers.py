@@ -21,14 +21,13 @@ from producer.config.load import AlertRule
 from producer.consume.audit import Audit
 from producer.consume.decode import Decoder
 from producer.consume.event_id import read_events
-from producer.events import FLOWS, RETRANSMITS, STREAMS
+from producer.events import ALERTS, FLOWS, HEARTBEATS, RETRANSMITS, STREAMS
 from producer.export.arrow import batch_of, schema_of
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_ID, HEARTBEAT_ID
 from producer.view import table as view
 from producer.view.flows import Flows
 from producer.view.line import Lines
-from producer.view.records import of_table, stream_of
+from producer.view.records import Records, stream_of
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated
 from tests.support import spool_folders
@@ -49,7 +48,7 @@ _ALERT = Alert("many", "host", "a", True, "count", 9.0, 1.0, 1.0, 10 * _SECOND_N
 @contextlib.contextmanager
 def _alert() -> Iterator[Check]:
     """Each message is processed or counted, and the member continues. It can read the alerts that it writes."""
-    encoder = AlertEncoder(ALERT_ID)
+    encoder = AlertEncoder(ALERTS.fixed_schema_id)
     manager = Alertmanager("http://127.0.0.1", 60, lambda _: None)
 
     def check(example: tuple[list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
@@ -57,7 +56,7 @@ def _alert() -> Iterator[Check]:
         counts = Counts()
         known = last_of([alerts], "alerts", Decoder(None), _NOW_NS)
         room = Room(group_count=20, flows=20, samples=20)
-        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, Decoder(None), counts, Hosts(3, [], 0), room)
+        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, Decoder(None), counts, Hosts(3, []), room)
         for offset, (which, value) in enumerate(messages):
             if which == 2:
                 engine.put_beats([value], [offset], _NOW_NS)
@@ -101,7 +100,7 @@ def _views() -> Iterator[Check]:
         for _, table in Decoder(None).tables(values)[0]:
             if (stream := stream_of(table.plan.names)) is None:
                 continue
-            records = of_table(stream, table)
+            records = Records.from_table(stream, table)
             flows.add(records, 1.0)
             shown = "\n".join(lines.lines(records.rows())).split("\n")  # a new day has a line
             if not all(map(str.isprintable, shown)):
@@ -134,9 +133,9 @@ _FLOWS = tuple(
         ]
     )
 )
-_BEAT = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)[1]
+_BEAT = HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(), 100)[1]
 _ODD = [replace(_ALERT, labels=text, annotations=text) for text in ("{}", "[]", '{"a":1}', "")]
-_TOLD = [AlertEncoder(ALERT_ID).encode(alert, 100) for alert in _ODD]
+_TOLD = [AlertEncoder(ALERTS.fixed_schema_id).encode(alert, 100) for alert in _ODD]
 _message = st.one_of(
     st.tuples(st.just(0), mutated(_FLOWS)),
     st.tuples(st.just(1), mutated(_EVENTS)),

@@ -22,7 +22,7 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_id import read_events
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
-from producer.events import STREAMS, Batch, EncodedBatch, Outcome, Stream
+from producer.events import HEARTBEATS, STREAMS, Batch, EncodedBatch, Outcome, Stream
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.host import text
 from producer.kernel.ringbuf import Ring
@@ -30,7 +30,7 @@ from producer.pipeline.ledger import Account
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.recovery import resume
 from producer.pipeline.stream import Stores, StreamPipeline
-from producer.schemas import HEARTBEAT_FILE, load_schema
+from producer.schemas import load_schema
 from producer.view.line import Lines
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
@@ -130,7 +130,7 @@ def _names() -> Iterator[Check]:
     """Any bytes make a printable, bounded name, reversible unless truncated; events and heartbeats carry it."""
     stream = STREAMS[0]
     schema = fastavro.parse_schema(load_schema(stream.schema_file))
-    beat = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
+    beat = fastavro.parse_schema(load_schema(HEARTBEATS.schema_file))
 
     def check(raw: bytes) -> None:
         name = text.name(raw)

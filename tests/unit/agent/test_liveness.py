@@ -7,10 +7,10 @@ from typing import Any
 import fastavro
 
 from producer.agent.liveness import Liveness
-from producer.events import EncodedBatch
+from producer.events import HEARTBEATS, EncodedBatch
 from producer.health.board import StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from producer.schemas import load_schema
 from tests.support.statuses import status
 
 FRAME_BYTES = 5
@@ -25,7 +25,7 @@ class Sink:
 
     def send(self, batch: EncodedBatch) -> None:
         record: Any = fastavro.schemaless_reader(
-            io.BytesIO(batch.packed()[FRAME_BYTES:]), fastavro.parse_schema(load_schema(HEARTBEAT_FILE)), None
+            io.BytesIO(batch.packed()[FRAME_BYTES:]), fastavro.parse_schema(load_schema(HEARTBEATS.schema_file)), None
         )
         self.states.append(record["state"])
         self.in_flight[batch.stream.name] += len(batch)
@@ -33,7 +33,7 @@ class Sink:
 
 def test_a_stop_is_reported_although_a_heartbeat_is_in_flight() -> None:
     sink: Any = Sink()
-    liveness = Liveness(StatusBoard(), HeartbeatEncoder(HEARTBEAT_ID), sink, lambda: status(reasons=()))
+    liveness = Liveness(StatusBoard(), HeartbeatEncoder(HEARTBEATS.fixed_schema_id), sink, lambda: status(reasons=()))
     liveness.step()
     liveness.last()
     assert sink.states == ["ok", "stopped"]

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from producer.agent.agent import Agent
-from producer.agent.reload import LONG, InForce
+from producer.agent.reload import LONG, ConfigReader, InForce
 from producer.agent.supervise import Pace
 from producer.config.load import Config, RuleConfig, load, located
 from producer.errors import ConfigError
@@ -56,7 +55,7 @@ class Hooks:
 
 def rules(clock: Clock, read: Callable[[], Config], hooks: Any = None) -> InForce:
     hooks = hooks or Hooks()
-    return InForce(hooks, Config(), resolve(Config(), None), read, None, Pace(clock))
+    return InForce(hooks, Config(), resolve(Config(), None), ConfigReader(read), None, Pace(clock))
 
 
 def follow(in_force: InForce, asked: Asked) -> None:
@@ -166,9 +165,8 @@ def test_a_rule_that_does_not_fit_the_host_is_refused_with_its_file_and_line(tmp
     path = tmp_path / "rebpf.toml"
     path.write_text('\n[[rules]]\nuid = ["no such user"]\n')
     hooks: Any = Hooks()
-    in_force = InForce(
-        hooks, Config(), resolve(Config(), None), lambda: load(path), None, located=lambda: located(path)
-    )
+    reader = ConfigReader(lambda: load(path), located=lambda: located(path))
+    in_force = InForce(hooks, Config(), resolve(Config(), None), reader, None)
     reload(in_force)
     assert in_force.refusal.startswith(f"{path}: line 2: rule 1: no user has the name 'no such user'")
 
@@ -195,10 +193,10 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
         return watching
 
     def reloads_after_a_change(config: Config) -> int:
+        reader = ConfigReader(read, files=lambda: states[0])
+        reader.read()
         reads.clear()
-        in_force = InForce(
-            hooks, config, resolve(config, None), read, None, files=lambda: states[0], files_read=states[0]
-        )
+        in_force = InForce(hooks, config, resolve(config, None), reader, None)
         follow(in_force, asked)
         states[0] += 1
         in_force._files_at = 0
@@ -220,10 +218,11 @@ def test_a_file_that_changes_during_the_start_is_reloaded() -> None:
         reads.append(states[0])
         return watching
 
-    agent = Agent(read, lambda: states[0])
+    reader = ConfigReader(read, lambda: states[0])
+    config = reader.read()
     states[0] = 2
     hooks: Any = Hooks()
-    follow(agent._in_force(hooks, resolve(watching, None), None), Asked())
+    follow(InForce(hooks, config, resolve(watching, None), reader, None), Asked())
     assert reads == [1, 2]
 
 
@@ -258,8 +257,9 @@ def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monke
         return len(threads)
 
     hooks: Any = Hooks()
-    files: Any = {"files": look, "files_read": look()}
-    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, **files), Asked()
+    reader = ConfigReader(lambda: watching, look)
+    reader.read()
+    in_force, asked = InForce(hooks, watching, resolve(watching, None), reader, None), Asked()
     in_force.follow(asked)
     in_force.follow(asked)
     assert not in_force.reasons
@@ -278,7 +278,7 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     hooks: Any = Hooks()
     hooks.put = lambda tables: put.append(tables) or 2
     read = lambda: may_end.wait(60) and config  # noqa: E731
-    in_force = InForce(hooks, config, resolve(config, tmp_path), read, tmp_path)
+    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(read), tmp_path)
     asked.set()
     in_force.follow(asked)
     (tmp_path / "new").mkdir()
@@ -300,7 +300,7 @@ def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypa
         return resolve(config, tmp_path)
 
     monkeypatch.setattr("producer.agent.reload.follow", slow)
-    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(lambda: config), tmp_path)
     (tmp_path / "new.service").mkdir()
     in_force._look_at = 0
     in_force.look()
@@ -318,7 +318,7 @@ def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
     put: list[Any] = []
     hooks: Any = Hooks()
     hooks.put = lambda tables: put.append(tables) or 2
-    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(lambda: config), tmp_path)
     (reason,) = in_force.reasons
     assert reason.startswith("rule 1: interface tun77: ")
     assert reason.endswith(": it matches nothing until it exists")
@@ -338,7 +338,7 @@ def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
 ) -> None:
     config = Config(rules=(RuleConfig(unit=("new.service",)),))
     hooks: Any = Hooks()
-    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(lambda: config), tmp_path)
     in_force._look_at = 0
     with monkeypatch.context() as patched:
         patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)

@@ -21,9 +21,9 @@ from producer.alert.silence import Hosts
 from producer.alert.windows import MOST_SEGS, Room
 from producer.config.alerts import AlertRule
 from producer.consume.decode import Decoder
-from producer.events import FLOWS, RETRANSMITS
+from producer.events import ALERTS, FLOWS, HEARTBEATS, RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from producer.schemas import load_schema
 from tests.support.flows import Flow, values
 from tests.support.records import message
 from tests.support.statuses import status
@@ -95,7 +95,7 @@ def test_sums_of_segments_stay_within_an_alert() -> None:
     made.put(RETRANSMITS, [event(cpu_seq=number, **most) for number in range(1, 4)], NOW_NS)
     (alert,) = made.decide(NOW_NS + 20 * SECOND_NS)[:1]
     assert alert.retransmitted_segs == MOST_SEGS
-    AlertEncoder(ALERT_ID).encode(alert, 0.0)
+    AlertEncoder(ALERTS.fixed_schema_id).encode(alert, 0.0)
 
 
 def test_a_record_from_the_future_is_not_counted() -> None:
@@ -182,22 +182,22 @@ def test_a_committed_time_is_at_most_now() -> None:
 
 
 def beat(**fields: Any) -> bytes:
-    _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
-    schema = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
+    _, value = HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(), 100)
+    schema = fastavro.parse_schema(load_schema(HEARTBEATS.schema_file))
     record: Any = fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
     buffer = io.BytesIO()
-    buffer.write(struct.pack(">bI", 0, HEARTBEAT_ID))
+    buffer.write(struct.pack(">bI", 0, HEARTBEATS.fixed_schema_id))
     fastavro.schemaless_writer(buffer, schema, {**record, **fields})
     return buffer.getvalue()
 
 
 def silent(counts: Counts, *heartbeats: bytes, after_s: float = 1000) -> list[str]:
     """Return who is silent after heartbeats."""
-    made = engine(counts, Hosts(3, [], 0))
+    made = engine(counts, Hosts(3, []))
     made.put_beats(list(heartbeats), list(range(len(heartbeats))), NOW_NS)
     alerts = made.decide(NOW_NS, NOW_NS + round(after_s * SECOND_NS))
     for alert in alerts:
-        AlertEncoder(ALERT_ID).encode(alert, 0.0)
+        AlertEncoder(ALERTS.fixed_schema_id).encode(alert, 0.0)
     return [alert.group for alert in alerts]
 
 
@@ -222,7 +222,7 @@ def test_a_flood_of_hosts_takes_bounded_memory_and_known_hosts_are_still_heard(m
 
 
 def encoded(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
-    own, value = AlertEncoder(ALERT_ID).encode(alert, 0.0)
+    own, value = AlertEncoder(ALERTS.fixed_schema_id).encode(alert, 0.0)
     return own if key is None else key, value
 
 

@@ -9,8 +9,8 @@ from producer.alert.engine import Engine
 from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
+from producer.events import HEARTBEATS
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import HEARTBEAT_ID
 from tests.support.statuses import status
 
 SECOND_NS = 1_000_000_000
@@ -36,7 +36,7 @@ def silent_since(second: int) -> Alert:
 
 
 def test_a_host_is_silent_after_three_of_its_own_intervals_and_alerted_on_once() -> None:
-    hosts = Hosts(3, [], 0)
+    hosts = Hosts(3, [])
     hear(hosts, 100)
     hear(hosts, 100, beat("web-2", interval_s=60))
     assert look(hosts, 129) == []
@@ -46,13 +46,13 @@ def test_a_host_is_silent_after_three_of_its_own_intervals_and_alerted_on_once()
 
 
 def test_time_is_up_to_when_heartbeats_were_read() -> None:
-    hosts = Hosts(3, [], 0)
+    hosts = Hosts(3, [])
     hear(hosts, 100)
     assert look(hosts, 0) == []
 
 
 def test_a_clock_that_is_set_back_delays_no_silence() -> None:
-    hosts = Hosts(3, [], 0)
+    hosts = Hosts(3, [])
     hear(hosts, 10_000)
     assert look(hosts, 10_001) == []
     assert look(hosts, 2_802) == []
@@ -63,7 +63,7 @@ def test_a_clock_that_is_set_back_delays_no_silence() -> None:
 
 
 def test_a_host_that_is_heard_again_resolves_once_and_can_go_silent_again() -> None:
-    hosts = Hosts(3, [], 0)
+    hosts = Hosts(3, [])
     hear(hosts, 100)
     look(hosts, 131)
     hear(hosts, 132)
@@ -74,31 +74,33 @@ def test_a_host_that_is_heard_again_resolves_once_and_can_go_silent_again() -> N
 
 
 def test_a_host_that_stopped_as_it_should_is_not_silent_and_ends_its_alert() -> None:
-    hosts = Hosts(3, [], 0)
+    hosts = Hosts(3, [])
     hear(hosts, 100)
     hear(hosts, 105, beat(state="stopped"))
     assert look(hosts, 1000) == []
-    hosts = Hosts(3, [silent_since(100)], 0)
+    hosts = Hosts(3, [silent_since(100)])
     hear(hosts, 140, beat(state="stopped"))
     assert look(hosts, 1000) == [("web-1", False, 0)]
     assert look(hosts, 2000) == []
 
 
 def test_a_takeover_hears_each_living_host_and_gives_it_time() -> None:
-    hosts = Hosts(3, [], 7)
+    hosts = Hosts(3, [])
+    hosts.next = 7
     for second, host in ((100, "web-1"), (101, "web-2"), (110, "web-1")):
         hear(hosts, second, beat(host))
     assert (hosts.next, hosts.position) == (10, 8)
     look(hosts, 131)
     assert hosts.position == 9
-    again = Hosts(3, [], 9)
+    again = Hosts(3, [])
+    again.next = 9
     hear(again, 110, read=500)
     assert look(again, 529) == []
     assert look(again, 530) == [("web-1", True, 420)]
 
 
 def test_a_heartbeat_that_is_read_again_after_a_takeover_ends_no_alert() -> None:
-    hosts = Hosts(3, [silent_since(100)], 0)
+    hosts = Hosts(3, [silent_since(100)])
     hear(hosts, 100, read=140)
     assert look(hosts, 141) == []
     hear(hosts, 99, read=150)  # a clock that was set back
@@ -106,7 +108,7 @@ def test_a_heartbeat_that_is_read_again_after_a_takeover_ends_no_alert() -> None
 
 
 def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> None:
-    hosts = Hosts(3, [], 0)
+    hosts = Hosts(3, [])
     for host in ("web-1", "web-2"):
         hear(hosts, 100, beat(host))
     look(hosts, 105)
@@ -118,7 +120,7 @@ def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> 
 
 def test_a_silent_host_is_heard_again_although_no_more_hosts_can_be_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(silence, "MOST_HOSTS", 1)
-    hosts = Hosts(3, [silent_since(100)], 0)
+    hosts = Hosts(3, [silent_since(100)])
     hear(hosts, 140)
     assert look(hosts, 141) == [("web-1", False, 0)]
 
@@ -126,9 +128,10 @@ def test_a_silent_host_is_heard_again_although_no_more_hosts_can_be_tracked(monk
 @pytest.mark.parametrize("interval_s", [math.inf, math.nan])
 def test_an_invalid_heartbeat_is_ignored(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
     monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
-    _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
+    _, value = HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(), 100)
     counts = Counts()
-    hosts = Hosts(3, [], 7)
+    hosts = Hosts(3, [])
+    hosts.next = 7
     engine = Engine([], [], 0, 0, Decoder(None), counts, hosts)
     assert engine.put_beats([value], [7], 0)
     assert (hosts.next, counts.undecodable) == (8, 1)

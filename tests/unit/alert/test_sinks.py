@@ -17,8 +17,8 @@ from producer.alert.model import Alert
 from producer.alert.record import AlertEncoder, summary
 from producer.alert.sinks import StandardOutput
 from producer.errors import Stopped
-from producer.events import STREAMS
-from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
+from producer.events import ALERTS, HEARTBEATS, STREAMS
+from producer.schemas import load_schema
 from tests.support.alerts import COUNT, LOSS, SILENT
 from tests.support.documents import DOCS, FIELD, type_of
 from tests.support.servers.consume import decode
@@ -48,10 +48,10 @@ def test_an_alert_in_words(alert: Alert, words: str) -> None:
 
 
 def test_a_record_says_what_the_alert_does() -> None:
-    key, value = AlertEncoder(ALERT_ID).encode(LOSS, 1_790_000_123.456)
-    number, record = decode(value, load_schema(ALERT_FILE))
+    key, value = AlertEncoder(ALERTS.fixed_schema_id).encode(LOSS, 1_790_000_123.456)
+    number, record = decode(value, load_schema(ALERTS.schema_file))
     assert key == b"loss/web-1"
-    assert number == ALERT_ID
+    assert number == ALERTS.fixed_schema_id
     assert record.pop("ts") == datetime.fromtimestamp(1_790_000_123.456, UTC)
     assert record.pop("summary") == summary(LOSS)
     assert Alert(**record) == LOSS
@@ -60,11 +60,13 @@ def test_a_record_says_what_the_alert_does() -> None:
 def test_events_md_has_every_field_of_the_alert_as_it_is() -> None:
     section = (DOCS / "events.md").read_text().split("\n### TcpAlert\n")[1].split("\n#")[0]
     rows = [(name, kind, text) for name, kind, text, _ in FIELD.findall(section)]
-    assert rows == [(field["name"], type_of(field), field["doc"]) for field in load_schema(ALERT_FILE)["fields"]]
+    assert rows == [
+        (field["name"], type_of(field), field["doc"]) for field in load_schema(ALERTS.schema_file)["fields"]
+    ]
 
 
 def test_no_two_records_have_one_fixed_id() -> None:
-    ids = {ALERT_ID, HEARTBEAT_ID, *(stream.fixed_schema_id for stream in STREAMS)}
+    ids = {ALERTS.fixed_schema_id, HEARTBEATS.fixed_schema_id, *(stream.fixed_schema_id for stream in STREAMS)}
     assert len(ids) == len(STREAMS) + 2
 
 

@@ -11,7 +11,7 @@ from producer.alert import topic_sink
 from producer.alert.record import AlertEncoder
 from producer.alert.topic_sink import TopicSink
 from producer.config.librdkafka import client_settings
-from producer.schemas import ALERT_ID
+from producer.events import ALERTS
 from tests.support.alerts import COUNT, LOSS
 from tests.support.mock_cluster import INIT_PRODUCER_ID, PRODUCE, Cluster
 
@@ -38,7 +38,9 @@ def test_a_missing_right_is_named_until_it_is_granted(
 ) -> None:
     cluster.answer_with(request_kind, error)
     waits: list[float] = []
-    sink = TopicSink(client_settings(cluster.brokers, {}), "tcp_alerts", AlertEncoder(ALERT_ID), waits.append)
+    sink = TopicSink(
+        client_settings(cluster.brokers, {}), "tcp_alerts", AlertEncoder(ALERTS.fixed_schema_id), waits.append
+    )
     with caplog.at_level(logging.WARNING):
         sink.send([LOSS, COUNT])
     sink.close()
@@ -58,7 +60,9 @@ def test_a_topic_that_was_created_again_gets_the_alerts_from_a_new_client(monkey
         for broker in (1, 2, 1, 2, 1):
             cluster.lead("tcp_alerts", 0, broker)
         settings = client_settings(cluster.brokers, {})
-        with closing(TopicSink(settings, "tcp_alerts", AlertEncoder(ALERT_ID), lambda seconds: None)) as sink:
+        with closing(
+            TopicSink(settings, "tcp_alerts", AlertEncoder(ALERTS.fixed_schema_id), lambda seconds: None)
+        ) as sink:
             sink.send([LOSS])
             cluster.delete("tcp_alerts")
             cluster.create("tcp_alerts")

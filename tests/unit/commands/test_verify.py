@@ -143,7 +143,7 @@ def test_order_is_of_the_events_own_flow_whatever_their_key(cluster: Cluster) ->
 
 def test_what_comes_after_the_start_is_not_read(cluster: Cluster) -> None:
     cluster.put_events(TRANSMITS, range(7))
-    reader = TopicReader(cluster.brokers, [TRANSMITS.topic], {}, None)
+    reader = TopicReader(cluster.brokers, [TRANSMITS.topic], {})
     try:
         cluster.put_events(TRANSMITS, range(20))
         assert sum(len(messages) for batch in reader.batches() for messages in batch.values()) == 7

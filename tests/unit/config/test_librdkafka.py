@@ -16,9 +16,9 @@ from producer.config.librdkafka import (
     REFUSED,
     REQUIRED,
     admin_settings,
+    check_allowed,
     client_settings,
     consumer_settings,
-    decide,
 )
 from producer.config.load import load
 from producer.errors import ConfigError
@@ -135,12 +135,12 @@ def test_each_number_of_the_installed_library_is_known(tmp_path):
 def test_a_number_that_the_library_would_cut_is_refused(name, value):
     """librdkafka ignores what comes after the digits: with socket.timeout.ms = "60s", no request would be answered."""
     with pytest.raises(ConfigError, match=rf"kafka.settings.{name}: expected a .*number without a unit, found "):
-        decide({name: value})
+        check_allowed({name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("linger.ms", "0.5"), ("compression.level", "-1"), ("client.id", "5s")])
 def test_a_number_that_the_library_reads_whole_is_accepted(name, value):
-    decide({name: value})
+    check_allowed({name: value})
 
 
 @pytest.mark.parametrize(

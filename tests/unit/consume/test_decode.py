@@ -224,7 +224,8 @@ def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPSe
 
 def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: ThreadingHTTPServer) -> None:
     counts = Counts()
-    hosts = Hosts(3, [], 7)
+    hosts = Hosts(3, [])
+    hosts.next = 7
     engine = Engine([], [], 0, 0, Decoder(at(registry.server_port)), counts, hosts)
     for offset in (7, 8):
         engine.put_beats([frame(78, OTHER)], [offset], 0)

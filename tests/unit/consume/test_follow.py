@@ -105,7 +105,7 @@ def test_the_spans_of_many_partitions_take_two_requests(cluster: Cluster) -> Non
     cluster.create("u", 20)
     cluster.put("u", b"value", 7)
     cluster.track()
-    reader = TopicReader(cluster.brokers, ["u"], {}, None)
+    reader = TopicReader(cluster.brokers, ["u"], {})
     assert cluster.requests(LIST_OFFSETS) == 2
     assert reader.spans == {("u", number): (0, int(number == 7)) for number in range(20)}
     reader.close()
@@ -135,7 +135,7 @@ def test_no_rights_for_groups_are_needed_to_follow(without_groups: Cluster) -> N
 
 
 def test_no_rights_for_groups_are_needed_to_read(without_groups: Cluster) -> None:
-    reader = TopicReader(without_groups.brokers, ["t"], {}, None)
+    reader = TopicReader(without_groups.brokers, ["t"], {})
     read = [each for batch in reader.batches() for messages in batch.values() for each in messages]
     reader.close()
     assert [each.value() for each in read] == [b"value"]
@@ -156,4 +156,4 @@ def test_a_topic_that_this_user_may_not_read_is_named_with_the_fix(cluster: Clus
 
 def test_a_reader_that_must_have_all_names_what_is_missing(cluster: Cluster) -> None:
     with pytest.raises(UnavailableError, match=r"^topic t: no leader of partitions 1: start their brokers$"):
-        TopicReader(cluster.brokers, ["t"], {}, None)
+        TopicReader(cluster.brokers, ["t"], {})

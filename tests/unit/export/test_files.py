@@ -19,7 +19,7 @@ from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export import dataset
 from producer.export.sources import Files
 from producer.view.file import RecordFile
-from producer.view.records import of_table
+from producer.view.records import Records
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
 from tests.support.disks import fill, small_disk
 from tests.support.hostile_files import HOSTILE
@@ -79,7 +79,7 @@ def test_an_export_is_read_as_the_file_that_it_was_made_of(tmp_path: Path, strea
     export(original, tmp_path / "out", "parquet", Period(), ALL)
     parts = [*Files([tmp_path / "out"]).parts({})]
     assert {part.stream for part in parts} == {stream}
-    found = [row for part in parts for row in of_table(stream, part.table).rows()]
+    found = [row for part in parts for row in Records.from_table(stream, part.table).rows()]
     assert found == given
     export(Files([tmp_path / "out"]), tmp_path / "again", "parquet", Period(), ALL)
     assert rows(rebpf.read(tmp_path / "again", topic=stream.topic)) == given

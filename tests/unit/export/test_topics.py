@@ -12,11 +12,10 @@ from producer.commands.export import export
 from producer.commands.report import report
 from producer.consume.period import Period
 from producer.errors import UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.events import ALERTS, FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.sources import Topics
 from producer.report.collect import collect
 from producer.report.summary import summarize
-from producer.schemas import ALERT_ID
 from tests.support.analysis import message, scene
 from tests.support.mock_topics import Cluster
 
@@ -32,7 +31,7 @@ def cluster() -> Iterator[Cluster]:
         for each in given[stream]:
             cluster.put(stream.topic, message(stream, each), each["host"])
     cluster.put(FLOWS.topic, b"foreign")
-    cluster.put(FLOWS.topic, AlertEncoder(ALERT_ID).encode(ALERT, 0.0)[1])
+    cluster.put(FLOWS.topic, AlertEncoder(ALERTS.fixed_schema_id).encode(ALERT, 0.0)[1])
     cluster.put(FLOWS.topic, message(RETRANSMITS, given[RETRANSMITS][0]))
     yield cluster
     cluster.close()

@@ -13,7 +13,6 @@ import pytest
 from producer.events import HEARTBEATS, STREAMS, SchemaId
 from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.paths import SCHEMAS
-from producer.schemas import HEARTBEAT_ID
 from tests.support.statuses import status
 
 SCHEMA: dict[str, Any] = json.loads((SCHEMAS / "rebpf_agent.avsc").read_text())
@@ -43,7 +42,7 @@ def test_a_consumer_reads_the_whole_status():
 
 
 def test_each_record_stands_by_itself():
-    encoder = HeartbeatEncoder(HEARTBEAT_ID)
+    encoder = HeartbeatEncoder(HEARTBEATS.fixed_schema_id)
     first, second = (decoded(encoder.encode(status(pid=pid), NOW_S)[1]) for pid in (1, 2))
 
     assert (first[0], second[0]) == (3, 3)
@@ -51,13 +50,13 @@ def test_each_record_stands_by_itself():
 
 
 def test_a_run_says_that_it_ends():
-    record = decoded(HeartbeatEncoder(HEARTBEAT_ID).encode(status(stopped=True, streams=()), NOW_S)[1])[1]
+    record = decoded(HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(stopped=True, streams=()), NOW_S)[1])[1]
 
     assert (record["state"], record["streams"]) == ("stopped", [])
 
 
 def test_the_fixed_ids_and_topics_are_different_ones():
-    assert len({HEARTBEAT_ID, *(stream.fixed_schema_id for stream in STREAMS)}) == len(STREAMS) + 1
+    assert len({HEARTBEATS.fixed_schema_id, *(stream.fixed_schema_id for stream in STREAMS)}) == len(STREAMS) + 1
     assert len({HEARTBEATS.topic, *(stream.topic for stream in STREAMS)}) == len(STREAMS) + 1
 
 
@@ -77,7 +76,7 @@ def test_the_schema_can_grow_and_says_what_each_field_is():
         assert field["doc"].endswith("."), field["name"]
         assert not isinstance(field["type"], list) or (field["type"][0], field["default"]) == ("null", None)
     grown = {**SCHEMA, "fields": [*SCHEMA["fields"], {"name": "new", "type": ["null", "long"], "default": None}]}
-    value = io.BytesIO(HeartbeatEncoder(HEARTBEAT_ID).encode(status(), NOW_S)[1][5:])
+    value = io.BytesIO(HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(), NOW_S)[1][5:])
     record: Any = fastavro.schemaless_reader(value, fastavro.parse_schema(SCHEMA), fastavro.parse_schema(grown))
     assert record["new"] is None
 

@@ -344,7 +344,7 @@ from producer.agent import agent
 from producer.health import balance
 from producer.cli import main
 
-agent.Agent.run = lambda *_: {"tcp_transmit": balance.Balance(passed=7, delivered=7)}
+agent.run = lambda *_: {"tcp_transmit": balance.Balance(passed=7, delivered=7)}
 main.main()
 """
 

@@ -316,7 +316,7 @@ def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path,
     with pytest.raises(UnavailableError, match="no connection records and no retransmissions in this period"):
         report(Files([scene_folder]), after_the_last, tmp_path / "report.html", None)
     with pytest.raises(UnavailableError, match=r"in this period match the filter$"):
-        report(Files([scene_folder]), Period(), tmp_path / "report.html", None, choice=matching("peer 1.2.3.4"))
+        report(Files([scene_folder]), Period(), tmp_path / "report.html", None, matches=matching("peer 1.2.3.4"))
     with pytest.raises(UnavailableError, match=r"cannot write to .*missing.report.html: No such file"):
         report(Files([scene_folder]), Period(), tmp_path / "missing" / "report.html", None)
     assert list(tmp_path.iterdir()) == []

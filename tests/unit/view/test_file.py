@@ -15,7 +15,7 @@ from producer.errors import IncompleteError, OutputError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.container import read_container
 from producer.view.file import RecordFile
-from producer.view.records import Records, in_order, of_table
+from producer.view.records import Records, in_order
 from tests.support.rebpf import DEADLINE_S, command
 from tests.support.views import decoded, flows, retransmits, transmits
 
@@ -34,7 +34,7 @@ def write(path: Path) -> None:
 
 
 def read(path: Path) -> Iterator[Records]:
-    return (of_table(part.stream, part.table) for part in read_container(path, {}, in_order=True))
+    return (Records.from_table(part.stream, part.table) for part in read_container(path, {}, in_order=True))
 
 
 def test_a_file_has_the_records_that_were_written_in_their_order(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from producer.errors import UsageError
 from producer.events import CAUSES, FLOWS, RETRANSMITS
 from producer.view.filter import FilterError, parse
-from producer.view.records import of_rows
+from producer.view.records import Records
 
 HOSTS = ("web-1", "web-17", "db-1")
 PEERS = ("10.2.0.9", "10.3.0.1", "2001:db8::7")
@@ -136,36 +136,36 @@ def test_ipv4_mapped_addresses_are_ipv4_as_in_records() -> None:
         ("::FFFF:10.2.0.0/112", [True, True, False]),
         ("::/0", [False, False, True]),
     ):
-        assert parse(f"peer {text}")(of_rows(FLOWS, rows)).tolist() == expected
+        assert parse(f"peer {text}")(Records.from_rows(FLOWS, rows)).tolist() == expected
 
 
 @given(TREE, st.lists(FLOW, min_size=1, max_size=8))
 def test_masks_of_connections_equal_a_plain_evaluation(tree: Any, rows: list[dict[str, Any]]) -> None:
-    assert parse(words(tree))(of_rows(FLOWS, rows)).tolist() == [matches(tree, row) for row in rows]
+    assert parse(words(tree))(Records.from_rows(FLOWS, rows)).tolist() == [matches(tree, row) for row in rows]
 
 
 @given(TREE, st.lists(RETRANSMIT, min_size=1, max_size=8))
 def test_masks_of_retransmissions_equal_a_plain_evaluation(tree: Any, rows: list[dict[str, Any]]) -> None:
-    assert parse(words(tree))(of_rows(RETRANSMITS, rows)).tolist() == [matches(tree, row) for row in rows]
+    assert parse(words(tree))(Records.from_rows(RETRANSMITS, rows)).tolist() == [matches(tree, row) for row in rows]
 
 
 def test_and_binds_tighter_than_or() -> None:
-    rows = of_rows(RETRANSMITS, [{"sport": port, "dport": port, "host": "a"} for port in PORTS])
+    rows = Records.from_rows(RETRANSMITS, [{"sport": port, "dport": port, "host": "a"} for port in PORTS])
     assert parse("port 22 or port 443 and host b")(rows).tolist() == [True, False, False]
     assert parse("(port 22 or port 443) and ! host b")(rows).tolist() == [True, True, False]
 
 
 def test_an_empty_filter_matches_everything() -> None:
-    assert parse("  ")(of_rows(RETRANSMITS, [{"host": "a"}])).tolist() == [True]
+    assert parse("  ")(Records.from_rows(RETRANSMITS, [{"host": "a"}])).tolist() == [True]
 
 
 def test_a_field_that_records_do_not_have_matches_nothing() -> None:
-    rows = of_rows(RETRANSMITS, [{"host": "a"}])
+    rows = Records.from_rows(RETRANSMITS, [{"host": "a"}])
     assert parse("comm nginx or pid 1 or error ETIMEDOUT or segs_out > 0")(rows).tolist() == [False]
 
 
 def test_a_round_trip_time_that_is_not_measured_is_not_short() -> None:
-    rows = of_rows(FLOWS, [{"srtt_us": srtt_us} for srtt_us in (None, 0, 900)])
+    rows = Records.from_rows(FLOWS, [{"srtt_us": srtt_us} for srtt_us in (None, 0, 900)])
     assert parse("srtt < 1ms")(rows).tolist() == [False, False, True]
     assert parse("srtt = 0")(rows).tolist() == [False, True, False]
 
@@ -234,7 +234,7 @@ def test_a_wrong_condition_is_answered_with_the_nearest(text: str, meant: str) -
 
 def test_the_address_of_a_host_matches_either_end_as_in_tcpdump() -> None:
     ends = [("web-1", "10.2.0.9", "10.3.0.1"), ("web-1", "10.3.0.1", "10.2.0.9"), ("10.2.0.9", "10.3.0.1", "10.3.0.2")]
-    rows = of_rows(FLOWS, [dict(zip(("host", "saddr", "daddr"), each, strict=True)) for each in ends])
+    rows = Records.from_rows(FLOWS, [dict(zip(("host", "saddr", "daddr"), each, strict=True)) for each in ends])
     assert parse("host 10.2.0.9")(rows).tolist() == [True, True, True]
     assert parse("host 10.2.0.8,web-1")(rows).tolist() == [True, True, False]
     assert parse("host 10.2.0.8")(rows).tolist() == [False, False, False]
@@ -267,6 +267,6 @@ WORDS = [
 @given(st.text(max_size=60) | st.lists(st.sampled_from(WORDS)).map(" ".join))
 def test_any_text_is_a_filter_or_one_kind_of_error(text: str) -> None:
     fields = {"host": "web", "sport": 1, "dport": 2, "daddr": "10.0.0.1", "labels": {"web": "web"}}
-    rows = of_rows(RETRANSMITS, [fields])
+    rows = Records.from_rows(RETRANSMITS, [fields])
     with contextlib.suppress(FilterError):
         assert len(parse(text)(rows)) == 1

@@ -8,7 +8,7 @@ import pytest
 from producer.consume.decode import Decoder
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Batch, Stream
 from producer.schemas import load_schema
-from producer.view.records import of_rows, of_table
+from producer.view.records import Records
 from tests.support.encoding import OFFSET_NS, decode, encoder_of, messages, parsed
 
 RANDOM = np.random.default_rng(7)
@@ -35,7 +35,7 @@ def test_records_are_those_that_fastavro_reads(stream: Stream) -> None:
     parts, rejected = Decoder(None).tables(values, None)
     assert not rejected
     [(_, table)] = parts
-    records = of_table(stream, table)
+    records = Records.from_table(stream, table)
     expected = [decode(value, parsed(schema))[1] for value in values]
     assert [*records.rows()] == expected
     chosen = np.arange(50) % 2 == 0
@@ -47,7 +47,7 @@ def test_only_the_fields_asked_for_are_decoded() -> None:
     values = [value for _, value in messages(encoder_of(RETRANSMITS).encode(Batch(RETRANSMITS, rows), OFFSET_NS))]
     [(_, table)], rejected = Decoder(None).tables([*values, b"foreign"], frozenset({"cause", "unit", "no_such"}))
     assert [each.row for each in rejected] == [3]
-    assert set(of_table(RETRANSMITS, table).columns) == {"cause", "unit"}
+    assert set(Records.from_table(RETRANSMITS, table).columns) == {"cause", "unit"}
 
 
 def test_rows_become_columns_and_rows() -> None:
@@ -55,5 +55,5 @@ def test_rows_become_columns_and_rows() -> None:
         {"host": "a", "srtt_us": None, "labels": {"env": "prod", "dc": "a"}},
         {"host": None, "srtt_us": 3, "labels": {}},
     ]
-    assert [*of_rows(RETRANSMITS, rows).rows()] == rows
-    assert of_rows(RETRANSMITS, rows)["comm"].values() == [None, None]
+    assert [*Records.from_rows(RETRANSMITS, rows).rows()] == rows
+    assert Records.from_rows(RETRANSMITS, rows)["comm"].values() == [None, None]

@@ -19,7 +19,7 @@ from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from producer.view.flows import Flows
 from producer.view.keys import Choice
-from producer.view.records import of_rows
+from producer.view.records import Records
 from producer.view.screen import Frame, Look, render
 from producer.view.table import SORTS, details, table
 from producer.view.topics import TopicSource
@@ -222,8 +222,8 @@ def test_numbers_that_no_kernel_writes_are_shown_somehow(rows: list[dict[str, An
     """Whoever may write to a topic chooses them."""
     found = Flows(0)
     for now in (1.0, 2.0, 9.0):
-        found.add(of_rows(FLOWS, rows), now)
-        found.add(of_rows(RETRANSMITS, rows), now)
+        found.add(Records.from_rows(FLOWS, rows), now)
+        found.add(Records.from_rows(RETRANSMITS, rows), now)
     made = table(found, by, sort, 9.0, 10.0, 50)
     rest = details(found, by, made.lines[0].name, 9.0, 5) if made.lines else None
     frame = Frame(made, by, sort, "", "fleet", 0, False, "", rest, None, 0)
