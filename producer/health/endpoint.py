@@ -9,8 +9,8 @@ Only the loop knows the status: a request waits for the loop's next step, which 
 requests, a step only checks a flag.
 
 Clients may be slow, many or hostile. Each visit has a deadline and a size limit; a new visitor replaces the oldest one;
-only a few visitors can wait for the loop; and without more threads, a spare one serves them in turn. So /healthz always
-answers. The same holds with TLS: the handshake is part of the visit, in the visitor's thread.
+and only a few visitors can wait for the loop. So /healthz always answers. The same holds with TLS: the handshake is
+part of the visit, in the visitor's thread. While no thread can be started, a spare one serves them in turn.
 
 With certificates or passwords, `rebpf status` uses a socket in the state folder that only its owner can connect to.
 """
