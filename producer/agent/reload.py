@@ -256,8 +256,12 @@ class InForce:
             self._look_at = time.monotonic() + _LOOK_INTERVAL_S
             look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
             thread = threading.Thread(target=look, name="names", daemon=True)
-            thread.start()
-            self._looking = thread
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads for now
+                self._look_error = error
+            else:
+                self._looking = thread
 
     def _find(self, before: Ruleset, config: Config) -> None:
         try:

@@ -10,7 +10,7 @@ requests, a step only checks a flag.
 
 Clients may be slow, many or hostile. Each visit has a deadline and a size limit; a new visitor replaces the oldest one;
 and only a few visitors can wait for the loop. So /healthz always answers. The same holds with TLS: the handshake is
-part of the visit, in the visitor's thread.
+part of the visit, in the visitor's thread. While no thread can be started, a spare one serves them in turn.
 
 With certificates or passwords, `rebpf status` uses a socket in the state folder that only its owner can connect to.
 """
@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from socket import AF_INET6, AF_UNIX, MSG_PEEK, SHUT_RDWR, SHUT_WR, socket
 from typing import Any
@@ -40,6 +40,7 @@ from prometheus_client.exposition import choose_encoder
 from producer.health import metrics
 from producer.health.board import StatusBoard
 from producer.health.passwords import Passwords
+from producer.health.visitor_threads import VisitorThreads
 from producer.health.web_config import WebConfig, WebSettings
 from producer.host import state_file
 from producer.host.endpoints import endpoint
@@ -78,8 +79,7 @@ class Endpoint:
         registry: CollectorRegistry | None = None,
     ) -> None:
         self._registry = registry or metrics.registry(board.last, board.idle_s)
-        self._host, self._port, self._board = host, port, board
-        self._lookup = Lookup(host)
+        self._host, self._port, self._board, self._lookup = host, port, board, Lookup(host)
         self._web = web or WebSettings(None)
         self._local = local  # until it is served
         self._stack = contextlib.ExitStack()
@@ -124,9 +124,10 @@ class Endpoint:
 
 @contextlib.contextmanager
 def _running(server: "_Server", name: str) -> Iterator[None]:
-    """Serve in a thread. Raises OSError if none can be started."""
+    """Serve in threads. Raises OSError if they cannot be started."""
     thread = threading.Thread(target=server.serve, name=name, daemon=True)
     try:
+        server.start_spare()
         thread.start()
     except RuntimeError as error:
         server.server_close()
@@ -139,13 +140,12 @@ def _running(server: "_Server", name: str) -> Iterator[None]:
         server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(VisitorThreads, HTTPServer):
     """Serves each visitor in a thread. Their number is bounded, to save the producer's file descriptors.
 
     The thread that accepts visitors also closes those past their deadline, and the oldest one if there are too many.
     """
 
-    block_on_close = False
     allow_reuse_port = False
     request_queue_size = 64
 

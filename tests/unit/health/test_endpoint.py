@@ -54,6 +54,19 @@ def ask(address: tuple[str, int], path: str, method: str = "GET") -> tuple[http.
         connection.close()
 
 
+def test_health_answers_while_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a user's processes are as many as the host allows: a supervisor would end a healthy producer."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving() as address:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert [ask(address, path)[0].status for path in PATHS] == [200, 200, 200, 200]
+        monkeypatch.undo()
+        assert ask(address, "/healthz")[0].status == 200
+
+
 def answer(address: tuple[str, int], request: bytes) -> bytes:
     """Send bytes, and no end; return all that comes until the endpoint closes."""
     with socket.create_connection(address, timeout=30) as visitor:
