@@ -1,7 +1,7 @@
 """Builds a run of the producer from its configuration."""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from ipaddress import ip_address
 from pathlib import Path
@@ -11,8 +11,8 @@ from producer.agent.runtime import Runtime
 from producer.agent.streams import StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.errors import PermissionDenied
-from producer.events import HEARTBEATS, STREAMS, Topic
+from producer.errors import PermissionDenied, UnavailableError
+from producer.events import HEARTBEATS, STREAMS, SchemaId, Stream, Topic
 from producer.health.balance import Balance
 from producer.health.board import StatusBoard
 from producer.health.endpoint import Endpoint
@@ -91,7 +91,7 @@ def build(
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
     folder = stack.enter_context(StateFolder(config.state_dir))
-    ids = schema_ids(config, stop)
+    ids = _schema_ids(config, stop)
     root = cgroup2_root()
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
@@ -99,7 +99,7 @@ def build(
     # A stream that is off is needed until the events that an earlier run left are delivered.
     streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
     if len(streams) > len(captured):
-        ids = schema_ids(config, stop, streams)
+        ids = _schema_ids(config, stop, streams)
     topics = {stream.name: topic(config, stream) for stream in streams}
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
@@ -122,6 +122,17 @@ def build(
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
     outside = folder, in_force(capture.rules, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
+
+
+def _schema_ids(config: Config, stop: Flag, streams: Sequence[Stream] = ()) -> dict[Topic, SchemaId]:
+    """Return the schema ids. Raises UnavailableError also for a registry that rejects us.
+
+    It may accept us later, without a change on this host, so the service has to be started again.
+    """
+    try:
+        return schema_ids(config, stop, streams)
+    except PermissionDenied as error:
+        raise UnavailableError(str(error)) from error
 
 
 def _load(config: Config, ruleset: Ruleset, stack: ExitStack) -> tuple[Capture, bool]:
