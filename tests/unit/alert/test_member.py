@@ -68,3 +68,7 @@ def test_a_broker_that_hangs_does_not_hold_a_stop(cluster: Cluster, monkeypatch:
         cluster.slow_down(300_000)
         before = cluster.requests(OFFSET_COMMIT)
         wait_until("a commit that is not answered", lambda: cluster.requests(OFFSET_COMMIT) > before)
+    cluster.down()
+    cluster.slow_down(0)
+    cluster.up()
+    wait_until("its client is closed", lambda: "kafka-close" not in [each.name for each in threading.enumerate()])
