@@ -1,6 +1,7 @@
 """Builds a run of the producer from its configuration."""
 
 import mmap
+from collections.abc import Sequence
 from contextlib import ExitStack
 from ipaddress import ip_address
 
@@ -9,7 +10,8 @@ from producer.agent.runtime import Runtime
 from producer.agent.streams import StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.events import HEARTBEATS, STREAMS, Topic
+from producer.errors import PermissionDenied, UnavailableError
+from producer.events import HEARTBEATS, STREAMS, SchemaId, Stream, Topic
 from producer.health.balance import Balance
 from producer.health.board import StatusBoard
 from producer.health.endpoint import Endpoint
@@ -57,7 +59,7 @@ def build(config: Config, reader: ConfigReader, stop: Flag, stack: ExitStack) ->
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
     folder = stack.enter_context(StateFolder(config.state_dir))
-    ids = schema_ids(config, stop)
+    ids = _schema_ids(config, stop)
     root = cgroup2_root()
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
@@ -65,7 +67,7 @@ def build(config: Config, reader: ConfigReader, stop: Flag, stack: ExitStack) ->
     # A stream that is off is needed until the events that an earlier run left are delivered.
     streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
     if len(streams) > len(captured):
-        ids = schema_ids(config, stop, streams)
+        ids = _schema_ids(config, stop, streams)
     topics = {stream.name: topic(config, stream) for stream in streams}
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
@@ -89,6 +91,17 @@ def build(config: Config, reader: ConfigReader, stop: Flag, stack: ExitStack) ->
     in_force = InForce(capture.rules, config, ruleset, reader, root)
     outside = folder, in_force, web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
+
+
+def _schema_ids(config: Config, stop: Flag, streams: Sequence[Stream] = ()) -> dict[Topic, SchemaId]:
+    """Return the schema ids. Raises UnavailableError also for a registry that rejects us.
+
+    It may accept us later, without a change on this host, so the service has to be started again.
+    """
+    try:
+        return schema_ids(config, stop, streams)
+    except PermissionDenied as error:
+        raise UnavailableError(str(error)) from error
 
 
 def _load(config: Config, ruleset: Ruleset, stack: ExitStack) -> tuple[Capture, bool]:

@@ -188,8 +188,12 @@ class Member:
     def _close(self) -> None:
         """Leave the group; a client that waits for a broker, which may hang, is left to the end of the process."""
         closing = threading.Thread(target=self._group.close, name="kafka-close", daemon=True)
-        closing.start()
-        closing.join(_CLOSE_S)
+        try:
+            closing.start()
+        except RuntimeError:  # the limit on threads
+            self._group.close()
+        else:
+            closing.join(_CLOSE_S)
 
     def _activate(self) -> None:
         """Start to read, from what the group has committed."""

@@ -4,6 +4,8 @@ A socket timeout bounds a single read: a server that sends a byte per second cou
 has no configurable timeout. So the request runs in a separate thread; at the deadline, its connection is shut down and
 the thread abandoned. This includes the response of a proxy (https_proxy), which could otherwise keep a thread forever.
 Redirects are not followed: only the responses of the given server count. Bodies are not decompressed.
+
+Proxies are those of the environment. Networks in no_proxy (10.0.0.0/8), as in Kubernetes, are excluded, too.
 """
 
 import socket
@@ -14,9 +16,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+from urllib.parse import urlsplit
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    ProxyHandler,
+    Request,
+    build_opener,
+    getproxies_environment,
+)
 
 from producer.errors import Stopped
 from producer.host.signals import Flag
@@ -89,6 +101,7 @@ def exchange(
 ) -> Answer:
     """Return the response. Raises ExchangeError if none arrives in time, Stopped if `stop` is set meanwhile."""
     attempt = _Attempt(time.monotonic() + timeout_s)
+    host = request.host
     thread = threading.Thread(target=_run, args=(attempt, request, timeout_s, tls, most_bytes), daemon=True)
     try:
         thread.start()
@@ -99,13 +112,32 @@ def exchange(
             if stop is not None and stop.is_set():
                 raise Stopped(f"stopped while waiting for {request.host}")
             if time.monotonic() >= attempt.deadline:
-                raise ExchangeError(f"no complete response within {timeout_s:g} s")
+                raise ExchangeError(f"no complete response within {timeout_s:g} s{_through(request, host)}")
     finally:
         attempt.abandon()
     if attempt.answer is None:
         reason = str(attempt.error).strip() or type(attempt.error).__name__  # may quote the server
-        raise ExchangeError(printable(reason[:_SHOWN])) from attempt.error
+        raise ExchangeError(printable(reason[:_SHOWN]) + _through(request, host)) from attempt.error
     return attempt.answer
+
+
+def _through(request: Request, host: str) -> str:
+    """Return the end of a message: the proxy that urllib has put in the place of the host, without its password."""
+    return "" if request.host == host else printable(f", through the proxy {request.host}"[:_SHOWN])
+
+
+def _is_excluded(request: Request) -> bool:
+    """Return whether a network in no_proxy has the host's address. urllib compares names only."""
+    excluded = getproxies_environment().get("no", "").split(",")
+    try:
+        address = ip_address(urlsplit(request.full_url).hostname or "")
+    except ValueError:
+        return False
+    for each in excluded:
+        with suppress(ValueError):
+            if address in ip_network(each.strip(), strict=False):
+                return True
+    return False
 
 
 def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int) -> None:
@@ -120,7 +152,8 @@ def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLCont
 def _answer(
     attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int
 ) -> Answer:
-    opener = build_opener(_Stay, _Handler(attempt, tls))
+    direct = [ProxyHandler({})] if _is_excluded(request) else []
+    opener = build_opener(_Stay, _Handler(attempt, tls), *direct)
     try:
         response: Any = opener.open(request, timeout=timeout_s)
     except HTTPError as error:

@@ -1,6 +1,7 @@
 """Secrets from files, and certificates: they work with Kafka and the registry, and never leak."""
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,6 +134,17 @@ def test_a_registry_with_tls_and_a_password(kafka, registry, authority, tmp_path
         assert done.returncode == 77
         assert done.stderr.startswith(f"rebpf: registry {guarded.url} rejects the authentication: ")
         assert "wr0ng" not in done.stdout + done.stderr
+
+
+def test_a_start_that_the_registry_rejects_is_repeated(kafka, registry, authority, tmp_path):
+    """As after an upgrade, whose schemas are not cached, while the registry's users are unavailable."""
+    with Guarded(registry.url, authority, user=USER) as guarded:
+        config = config_of(guarded.url, authority, tmp_path, "agent:wr0ng-s3cret").read_text()
+        with Run(tmp_path / "run", "--brokers", kafka.bootstrap, config=config) as run:
+            code = run.wait()
+            assert f"rebpf: registry {guarded.url} rejects the authentication: " in run.log
+    unit = (Path(__file__).parents[2] / "deploy/systemd/rebpf.service").read_text()
+    assert str(code) not in re.search("RestartPreventExitStatus=(.*)", unit)[1].split()
 
 
 def test_all_that_asks_the_registry_has_the_password(kafka, registry, authority, tmp_path):

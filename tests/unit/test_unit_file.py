@@ -43,6 +43,13 @@ def test_two_sets_of_maps_programs_and_links_fit_into_the_store(service):
     assert int(service["FileDescriptorStoreMax"]) >= 2 * (maps + programs + links + 1)
 
 
+def test_the_alerting_service_has_threads_for_a_large_cluster():
+    """librdkafka has one for each broker in each client."""
+    clients, brokers = 4, 400
+    (most,) = re.findall("^TasksMax=([0-9]+)$", ALERT_UNIT.read_text(), re.MULTILINE)
+    assert int(most) > clients * brokers
+
+
 def test_no_restart_after_what_the_next_start_would_only_repeat(service):
     codes = {UsageError.exit_code, PermissionDenied.exit_code, ConfigError.exit_code}
     assert {int(code) for code in service["RestartPreventExitStatus"].split()} == codes

@@ -3,8 +3,10 @@
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaError
@@ -12,7 +14,8 @@ from confluent_kafka import KafkaError
 from producer.alert import member, reading
 from producer.alert.member import Member
 from producer.config.alerts import AlertRule
-from producer.config.load import Config, Kafka
+from producer.config.load import Config, Kafka, read_secret
+from producer.errors import UnavailableError
 from tests.support.mock_cluster import JOIN_GROUP, OFFSET_COMMIT, Cluster
 from tests.support.rebpf import DEADLINE_S, wait_until
 
@@ -35,14 +38,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.close()
 
 
+def opened(cluster: Cluster, settings: Mapping[str, str], stop: threading.Event) -> Member:
+    config = Config(kafka=Kafka(brokers=cluster.brokers, settings=settings))
+    config = replace(config, alert=replace(config.alert, rules=(AlertRule(name="loss"),), missed_heartbeats=0))
+    return Member(config, cluster.brokers, lambda wait: [], stop, from_beginning=False)
+
+
 @contextmanager
 def running(cluster: Cluster, settings: Mapping[str, str]) -> Iterator[None]:
     """Run a member in a thread; at the end, stop it, and check that it ends."""
-    config = Config(kafka=Kafka(brokers=cluster.brokers, settings=settings))
-    config = replace(config, alert=replace(config.alert, rules=(AlertRule(name="loss"),), missed_heartbeats=0))
     stop = threading.Event()
-    run = Member(config, cluster.brokers, lambda wait: [], stop, from_beginning=False).run
-    thread = threading.Thread(target=run, args=(None,), daemon=True)
+    thread = threading.Thread(target=opened(cluster, settings, stop).run, args=(None,), daemon=True)
     thread.start()
     yield
     stop.set()
@@ -68,3 +74,22 @@ def test_a_broker_that_hangs_does_not_hold_a_stop(cluster: Cluster, monkeypatch:
         cluster.slow_down(300_000)
         before = cluster.requests(OFFSET_COMMIT)
         wait_until("a commit that is not answered", lambda: cluster.requests(OFFSET_COMMIT) > before)
+    cluster.down()
+    cluster.slow_down(0)
+    cluster.up()
+    wait_until("its client is closed", lambda: "kafka-close" not in [each.name for each in threading.enumerate()])
+
+
+@pytest.mark.slow
+def test_a_member_whose_secret_was_renewed_ends_to_be_started_again(cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    path.write_text("first")
+    cluster.track()
+    alerting = opened(cluster, {"sasl.password": read_secret(path, "")}, threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(alerting.run, None)
+        wait_until("it commits", lambda: cluster.requests(OFFSET_COMMIT))
+        path.write_text("second")
+        cluster.down()
+        with pytest.raises(UnavailableError, match=r"certificates or secrets .* were renewed: start again"):
+            ended.result(DEADLINE_S)

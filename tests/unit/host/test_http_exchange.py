@@ -61,6 +61,30 @@ def test_a_proxy_that_drips_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> No
         assert gone.wait(LONG_S)
 
 
+def test_the_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://alice:s3cret@127.0.0.1:1")
+        with pytest.raises(ExchangeError, match=r"refused.*, through the proxy 127\.0\.0\.1:1$"):
+            exchange(Request(f"{scheme}://registry.example:8081/"), LONG_S)
+
+
+@pytest.mark.parametrize("excluded", ["10.0.0.0/8, 127.0.0.0/8", "127.0.0.1/30", "127.0.0.1", "*"])
+def test_a_network_in_no_proxy_is_asked_directly(monkeypatch: pytest.MonkeyPatch, excluded: str) -> None:
+    """As clusters of Kubernetes set it, and Go and curl read it."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", excluded)
+    with serving(answer(b"{}")) as port:
+        assert exchange(Request(f"http://127.0.0.1:{port}/"), LONG_S).body == b"{}"
+
+
+@pytest.mark.parametrize("excluded", ["10.0.0.0/8", "::/0", "/", "127.0.0.0/99", ""])
+def test_other_networks_in_no_proxy_exclude_nothing(monkeypatch: pytest.MonkeyPatch, excluded: str) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", excluded)
+    with pytest.raises(ExchangeError, match="through the proxy"):
+        exchange(Request("http://127.0.0.1:9/"), LONG_S)
+
+
 def answer(body: bytes, *headers: str) -> Reply:
     def reply(visitor: socket.socket) -> None:
         visitor.recv(1 << 16)

@@ -139,7 +139,7 @@ def test_a_broker_that_ends_the_tls_handshake_is_named_as_such() -> None:
 
 
 def test_a_broker_that_rejects_the_clients_certificate_is_named_as_such() -> None:
-    """With TLS 1.3, the client has finished the handshake when it is told."""
+    """With TLS 1.3, the client has finished the handshake before the alert arrives."""
     alert = "Receive failed: error:0A000416:SSL routines::ssl/tls alert certificate unknown: SSL alert number 46"
     error = worded(KafkaError._TRANSPORT, text=f"{alert} (after 30ms in state APIVERSION_QUERY)")
     assert str(error).startswith("TLS with Kafka at b:1 failed: ")
