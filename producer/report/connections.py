@@ -80,7 +80,7 @@ class Connections:
 
 
 def connections(flows: Frame, since_ns: int | None) -> Connections:
-    """Return what happened from `since_ns` on, or a margin before the first record; `flows` may have earlier records."""
+    """Return what happened from `since_ns` on, or a margin before the first record; `flows` may have earlier ones."""
     ids, firsts = flows.connections()
     ts_ns, start_ns, codes = flows.numbers("ts_ns"), flows.numbers("start_ns"), flows.codes("reason")
     closes = codes == _code(flows, "reason", "close")
