@@ -31,6 +31,7 @@ from producer.host.clock import Moment
 from producer.spool.disk import UNRELATED, Disk, Retries
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, SpoolFile, files, made_at, make_folder, size_bytes
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
+from producer.spool.remains import exclude_remains
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Spool:
         # A ledger without an end knows of no spool: it is of a run without one.
         self.acked = self.sent = min(acked, self.end) if acked is not None and end else first
         self.discarded = min(discarded, self.end - self.acked)
+        exclude_remains(self._files, self.acked, self.pending)
         self.sweep()
 
     def append(self, batch: EncodedBatch, ring: str, position: int, reason: str = "") -> None:

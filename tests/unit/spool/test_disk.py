@@ -114,6 +114,25 @@ def test_a_batch_that_is_there_though_its_write_failed_is_not_there_twice(setup:
     assert (spool.end, spool.last.position) == (25, 99)
 
 
+def test_a_batch_whose_write_failed_is_not_sent_after_it_was_discarded_with_the_next_file(setup: Setup) -> None:
+    options = {"max_bytes": 20 * BLOCK_BYTES, "when_full": "drop_oldest"}
+    spool = setup.filled(1, **options)
+    setup.disk.fails = {"written": errno.EIO, "truncate": errno.EIO}
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(spool, 1)
+    setup.disk.fails = {}
+    assert read_all(spool) == list(range(10))
+    while not spool.lost:
+        fill(spool, 1)
+    dropped = spool.lost["spool_dropped"]
+    ledger, pending = ledger_of(spool), spool.pending
+    spool.close()
+    spool = setup.open(ledger, **options)
+    assert spool.pending == pending
+    assert finish(spool) == [*range(10), *range(10 + dropped, spool.end)]
+    assert (spool.lost, spool.pending) == ({}, 0)
+
+
 def test_a_file_is_synced_when_it_is_full_and_at_a_stop(setup: Setup) -> None:
     spool = setup.filled(3)
     assert "sync" not in setup.disk.calls
