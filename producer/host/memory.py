@@ -1,4 +1,4 @@
-"""Keeps the memory of a long-running process small, and from growing by fragmentation."""
+"""Keeps the memory of a process that runs for long small, and from growing by fragmentation."""
 
 import ctypes
 import importlib
@@ -15,11 +15,11 @@ def configure() -> None:
     """Let all threads share two arenas, which keep what is freed until `release`. Call this before threads start.
 
     With glibc, each new thread gets another arena by default, up to eight per CPU, and each keeps free memory between
-    what is in use. librdkafka's threads come and go with clients and brokers: after 30 replaced clients, that was 13
+    what is in use. librdkafka's threads come and go with clients and brokers: after 30 replaced clients that were 13
     MB.
 
     By default free() also returns large blocks, and what is free at an arena's end. librdkafka frees some MB after each
-    request; getting them back page by page took a fifth of the CPU at 60,000 events/s.
+    request; to get them back page by page was a fifth of the CPU at 60,000 events/s.
     """
     if mallopt := getattr(_libc, "mallopt", None):
         mallopt(_M_ARENA_MAX, _ARENAS)

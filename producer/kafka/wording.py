@@ -14,6 +14,7 @@ _FIXES = {
     "_RESOLVE": _REACH,
 }
 
+
 _HTTP = f"Invalid response size {int.from_bytes(b'HTTP')} "
 """What librdkafka says about the first bytes of a web server's response."""
 
