@@ -6,7 +6,7 @@ repeated, and one of each hour or day adds to the same folder.
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -38,7 +38,7 @@ class _Part:
     """A file that is being written, and the batches that are not in it yet."""
 
     path: Path
-    file: BinaryIO
+    file: BinaryIO | None = None
     writer: Any = None
     batches: list[Any] = field(default_factory=list)
     rows: int = 0
@@ -49,7 +49,7 @@ class _Part:
         return partial_of(self.path)
 
     def close(self) -> None:
-        with self.file:
+        with self.file or nullcontext():
             if self.writer is not None:
                 self.writer.close()
 
@@ -108,10 +108,9 @@ class Dataset:
             raise UnavailableError(f"the events cover more than {_MOST_FILES} days: set --since and --until")
         folder = self._folder / stream.topic / f"date={np.datetime64(day, 'D')}"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self._name
-        part = _Part(path, create(partial_of(path)))
-        # Registered first, so that a file whose writer cannot be made is deleted.
-        self._parts[stream, day] = part
+        # Registered first, so that its file is deleted whatever happens, a signal included.
+        part = self._parts[stream, day] = _Part(folder / self._name)
+        part.file = create(part.partial)
         if self._is_csv:
             part.writer = pyarrow.csv.CSVWriter(part.file, _plain(schema), write_options=_CSV)
         else:

@@ -227,6 +227,19 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path, form: str) -
         assert [each.name for each in disk.rglob("*") if each.is_file()] == ["filler"]
 
 
+def test_a_signal_just_after_a_file_was_created_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Files([write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))])
+
+    def interrupted(partial: Path) -> None:
+        partial.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "out", "parquet", Period(), ALL)
+    assert [each for each in (tmp_path / "out").rglob("*") if each.is_file()] == []
+
+
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_a_schema_of_others_is_refused_before_it_unfolds(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.avro").write_bytes(content)
