@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import procfs
 from tests.support.programs import program_ids
-from tests.support.rebpf import COMPILED, Run, rebpf, wait_until
+from tests.support.rebpf import COMPILED, UNUSED_PORT, Run, rebpf, wait_until
 from tests.support.traffic import Echo, exchange
 
 pytestmark = pytest.mark.root
@@ -49,7 +49,7 @@ def test_a_signal_ends_it_in_good_order_and_the_last_line_is_the_balance(tmp_pat
 
 
 def test_without_json_the_last_line_is_the_balance_as_text(tmp_path):
-    done = rebpf("run", "--state-dir", tmp_path / "state", "--duration", 0.1, "--port", 1)
+    done = rebpf("run", "--state-dir", tmp_path / "state", "--duration", 0.1, "--port", UNUSED_PORT)
 
     assert done.returncode == 0
     zero = "passed=0 delivered=0 spooled=0 in_flight=0 lost=0"
@@ -135,7 +135,7 @@ def test_kill_while_it_loads_takes_the_loader_with_it(tmp_path):
 
 
 def test_a_second_producer_with_the_state_folder_exits_with_the_pid_of_the_first(tmp_path):
-    with Run(tmp_path, "--port", 1) as run:
+    with Run(tmp_path, "--port", UNUSED_PORT) as run:
         run.ready()
         second = rebpf("run", "--state-dir", run.state_dir)
         assert second.returncode == 75
@@ -144,7 +144,7 @@ def test_a_second_producer_with_the_state_folder_exits_with_the_pid_of_the_first
 
 
 def test_no_thread_keeps_a_capability(tmp_path):
-    with Run(tmp_path, "--port", 1) as run:
+    with Run(tmp_path, "--port", UNUSED_PORT) as run:
         run.ready()
         capabilities = procfs.capabilities(run.pid)
         run.finish()

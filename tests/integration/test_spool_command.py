@@ -15,7 +15,7 @@ from producer.events import RETRANSMITS
 from producer.pipeline.ledger import Account
 from tests.support import spool_folders, topics
 from tests.support.faults import assert_accounted
-from tests.support.rebpf import Run, command, rebpf, wait_until
+from tests.support.rebpf import UNUSED_PORT, Run, command, rebpf, wait_until
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import free_port
 from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
@@ -250,7 +250,7 @@ def test_what_kafka_refuses_lies_in_the_quarantine_until_it_is_taken(place):
 def test_while_a_producer_runs_there_is_only_a_look(place, tmp_path):
     spool_folders.fill(place.state, batches=2, size=SIZE)
     away = f"127.0.0.1:{free_port()}"
-    with place.run(tmp_path, "--port", 1, brokers=away) as run:
+    with place.run(tmp_path, "--port", UNUSED_PORT, brokers=away) as run:
         assert run.state_dir == place.state
         run.ready()
         for options in (["replay", *place.arguments()], ["drop", "--yes", "--state-dir", place.state]):

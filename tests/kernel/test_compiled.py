@@ -15,6 +15,7 @@ from producer.kernel.hooks import OWN_SOCKETS
 from producer.kernel.program_cache import ProgramCache
 from tests.support.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
 from tests.support.comparison import Trial, segs
+from tests.support.rebpf import UNUSED_PORT
 from tests.support.rules import filtered
 
 pytestmark = pytest.mark.root
@@ -50,7 +51,7 @@ def loader_maps() -> str:
 def load(folder: Path, **others: object) -> tuple[bool, bool, Counter[tuple[str, ...]]]:
     """Load; return whether it was cached, whether the loader has the compiler in memory, and what is loaded."""
     before = objects()
-    with Capture(hook_settings(rules=filtered(ports=(1,)), cache=folder, **others)) as hooks:
+    with Capture(hook_settings(rules=filtered(ports=(UNUSED_PORT,)), cache=folder, **others)) as hooks:
         hooks.load()
         return hooks.cached, "libbcc" in loader_maps(), objects() - before
 
@@ -67,7 +68,7 @@ def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> Non
 
 def test_the_verifier_has_little_to_do(folder: Path) -> None:
     """It works at each start, for a second or so per million instructions; above a million, it rejects a program."""
-    with Capture(hook_settings(rules=filtered(ports=(1,)), cache=folder)) as hooks:
+    with Capture(hook_settings(rules=filtered(ports=(UNUSED_PORT,)), cache=folder)) as hooks:
         hooks.load()
         infos = [each.read_text() for each in Path("/proc/self/fdinfo").iterdir() if each.exists()]
     followed = [int(count) for info in infos for count in re.findall(r"^verified_insns:\s+(\d+)$", info, re.MULTILINE)]

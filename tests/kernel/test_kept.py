@@ -24,6 +24,7 @@ from producer.kernel.sequence import EventNumbers
 from tests.support.capture import ALLOWED, Pair, hook_settings, wait_for
 from tests.support.kept import OTHER_VERSION, Traffic, other_version
 from tests.support.programs import ids_of, program_ids
+from tests.support.rebpf import UNUSED_PORT
 from tests.support.rules import filtered
 
 pytestmark = pytest.mark.root
@@ -268,7 +269,7 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
 def test_maps_that_do_not_match_the_manifest_are_discarded_and_the_start_continues(
     pins: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = hook_settings(rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(UNUSED_PORT,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
         capture.load()
         capture.attach()
@@ -312,7 +313,7 @@ def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
 
 def test_hooks_that_a_stop_could_not_detach_do_not_decide_by_the_rules_that_they_had(pins: Path) -> None:
     with Traffic() as traffic:
-        settings = hook_settings(rules=filtered(ports=(1,)))
+        settings = hook_settings(rules=filtered(ports=(UNUSED_PORT,)))
         with PinFolder(pins) as folder, Capture(settings, folder) as capture:
             capture.load()
             capture.attach()

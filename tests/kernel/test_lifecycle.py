@@ -24,7 +24,7 @@ from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.kernel.settings import CaptureSettings
 from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
 from tests.support.programs import ids_of, program_ids
-from tests.support.rebpf import Run, command, wait_until
+from tests.support.rebpf import UNUSED_PORT, Run, command, wait_until
 from tests.support.rules import filtered
 from tests.support.traffic import Echo, exchange
 
@@ -123,7 +123,7 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
 
 
 def test_a_program_that_another_process_detaches_is_noticed() -> None:
-    with Capture(hook_settings(hooks=("cgroup_skb",), rules=filtered(ports=(1,)))) as hooks:
+    with Capture(hook_settings(hooks=("cgroup_skb",), rules=filtered(ports=(UNUSED_PORT,)))) as hooks:
         hooks.load()
         hooks.check()
         before = set(os.listdir("/proc/self/fd"))
@@ -140,7 +140,7 @@ def test_a_program_that_another_process_detaches_is_noticed() -> None:
 def test_a_switch_that_turns_off_all_probes_is_noticed(hook: str, switch: Path) -> None:
     if hook not in ALLOWED or not switch.exists():
         pytest.skip(f"{hook} is not among the hooks under test, or {switch} does not exist")
-    settings = hook_settings(hooks=(hook,), rules=filtered(ports=(1,)))
+    settings = hook_settings(hooks=(hook,), rules=filtered(ports=(UNUSED_PORT,)))
     with Capture(settings) as hooks, socket.create_server(("127.0.0.1", 0)) as listener:
         try:
             hooks.load()

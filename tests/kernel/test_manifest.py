@@ -10,6 +10,7 @@ from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
 from tests.support.capture import hook_settings, wait_for
 from tests.support.programs import ids_of, program_ids
+from tests.support.rebpf import UNUSED_PORT
 from tests.support.rules import filtered
 
 pytestmark = pytest.mark.root
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.root
 def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
     pins: Path, target: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = hook_settings(rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(UNUSED_PORT,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
         capture.load()
         capture.attach()
@@ -42,7 +43,7 @@ def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
 def test_hooks_with_other_probes_are_replaced_although_the_programs_are_the_same(
     pins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = hook_settings(rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(UNUSED_PORT,)))
     with monkeypatch.context() as patch, PinFolder(pins) as folder:
         patch.setitem(hooks.HOOKS_BY_STREAM, "flow", ())  # the loader still attaches them
         with Capture(settings, folder) as capture:
@@ -58,7 +59,7 @@ def test_hooks_with_other_probes_are_replaced_although_the_programs_are_the_same
 def test_hooks_are_known_by_the_files_from_which_they_were_compiled(
     pins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = hook_settings(rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(UNUSED_PORT,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
         capture.load()
         with monkeypatch.context() as patch:
@@ -71,7 +72,7 @@ def test_hooks_are_known_by_the_files_from_which_they_were_compiled(
 
 
 def test_pins_of_an_interrupted_start_are_removed(pins: Path) -> None:
-    settings = hook_settings(rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(UNUSED_PORT,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
         capture.load()
         capture.attach()

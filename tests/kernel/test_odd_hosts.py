@@ -16,7 +16,7 @@ import pytest
 from producer.host.cgroups import cgroup2_root, is_part
 from tests.support.fake_systemd import Manager
 from tests.support.mock_cluster import Cluster
-from tests.support.rebpf import Run, command, wait_until
+from tests.support.rebpf import UNUSED_PORT, Run, command, wait_until
 from tests.support.topics import TRANSMIT
 from tests.support.traffic import Echo, exchange
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.root
 def test_without_free_descriptors_the_watchdog_is_notified_and_a_stop_delivers(tmp_path: Path) -> None:
     with Manager(tmp_path) as manager:
         notified = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "200000"}
-        with Run(tmp_path / "run", "--port", 1, env=notified) as run:
+        with Run(tmp_path / "run", "--port", UNUSED_PORT, env=notified) as run:
             run.ready()
             wait_until("the first status", lambda: any("STATUS=" in each for each in manager.messages))
             _, hard = resource.prlimit(run.pid, resource.RLIMIT_NOFILE)
@@ -44,7 +44,7 @@ def test_a_service_whose_file_has_lost_its_brokers_is_degraded(tmp_path: Path, c
         for service in ({}, {"NOTIFY_SOCKET": manager.address}):
             name = "service" if service else "by_hand"
             with Run(
-                tmp_path / name, "--port", 1, env=service, config=f'metrics.listen = "127.0.0.1:0"\n{config}'
+                tmp_path / name, "--port", UNUSED_PORT, env=service, config=f'metrics.listen = "127.0.0.1:0"\n{config}'
             ) as run:
                 run.ready()
                 reasons = run.get("status")["reasons"]
@@ -65,7 +65,7 @@ def test_a_container_with_its_own_cgroups_is_degraded_since_the_hook_sees_no_oth
     hooks = 'metrics.listen = "127.0.0.1:0"\ncapture.hooks = ["cgroup_skb", "raw_tp"]'
     reason = f"{root} has only the cgroups of this container"
     try:
-        with Run(tmp_path, "--port", 1, before=inside, config=hooks) as run:
+        with Run(tmp_path, "--port", UNUSED_PORT, before=inside, config=hooks) as run:
             run.ready()
             wait_until("health names it", lambda: any(reason in each for each in run.get("status")["reasons"]))
             run.finish()
@@ -85,7 +85,7 @@ def remove(cgroup: Path) -> bool:
 def test_a_host_that_gets_another_name_is_degraded(tmp_path: Path, config: str) -> None:
     """At the first boot of an image, DHCP may set the name after the start. Its events would have that of the image."""
     named = ["unshare", "--uts", "sh", "-c", 'hostname image && exec "$@"', "sh"]
-    with Run(tmp_path, "--port", 1, before=named, config=f'metrics.listen = "127.0.0.1:0"\n{config}') as run:
+    with Run(tmp_path, "--port", UNUSED_PORT, before=named, config=f'metrics.listen = "127.0.0.1:0"\n{config}') as run:
         run.ready()
         assert run.get("status")["reasons"] == []
         subprocess.run(["nsenter", "--uts", "--target", str(run.pid), "hostname", "web-17"], check=True)
@@ -97,7 +97,7 @@ def test_a_host_that_gets_another_name_is_degraded(tmp_path: Path, config: str) 
 def test_a_refused_reload_with_a_name_that_is_not_utf_8_ends_neither_heartbeats_nor_the_stop(tmp_path: Path) -> None:
     fragments = tmp_path / "run" / "conf.d"
     fragments.mkdir(parents=True)
-    with Run(tmp_path / "run", "--port", 1, config='metrics.listen = "127.0.0.1:0"') as run:
+    with Run(tmp_path / "run", "--port", UNUSED_PORT, config='metrics.listen = "127.0.0.1:0"') as run:
         run.ready()
         os.symlink("nowhere", os.fsencode(fragments) + b"/\xff.toml")
         run.send(signal.SIGHUP)

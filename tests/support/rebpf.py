@@ -25,6 +25,8 @@ COMPILED = "REBPF_TEST_COMPILED"
 """The variable with the folder of compiled programs that tests of a session share. Compiling takes seconds."""
 PROGRAMS = "REBPF_TEST_PROGRAMS"
 """The variable with a file of `rebpf compile` for the kernel under test: a machine without KVM compiles for minutes."""
+UNUSED_PORT = 2
+"""No test connects to it. Many connect to port 1, where nobody listens."""
 _READY = re.compile(r" ready brokers=(\S+)")
 
 
