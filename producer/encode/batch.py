@@ -58,7 +58,7 @@ _OWNER = ("cgroup", "unit", "container", "pod_uid", "pod", "namespace", "workloa
 _MILLISECOND_NS = 1_000_000
 _MAX_TIME_NS = 1 << 62
 """Leaves space for adding the offset to UTC."""
-_MOST_SCRATCH_BYTES = 16 << 20
+_MOST_SCRATCH_BYTES = 8 << 20
 _MOST_LOOKED_UP = 256
 
 

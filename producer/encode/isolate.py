@@ -11,7 +11,7 @@ import numpy as np
 
 from producer.events import Batch, EncodedBatch, Mask, Rows
 
-_MANY = 1 << 13
+_MANY = 1 << 12
 _FEW = 64
 """Rows per call while a defect shows: a search among these needs fewer than the maximum of tries."""
 _MOST_TRIES = 256

@@ -1,7 +1,7 @@
 """When to read each ring, so that cost follows load. The time is passed in.
 
-A read that finds events costs a batch and a produce request. So a ring is read once its events nearly fill a batch, by
-the rate at the last read, and `latency_s` after the last read at the latest. If events come faster than expected, it
+A read that finds events costs a batch and a produce request. So a ring is read once its events nearly fill a request,
+by the rate at the last read, and `latency_s` after the last read at the latest. If events come faster than expected, it
 is read when unread events fill an eighth of it: the kernel wakes the process often enough to see that
 (bpf/rebpf.bpf.c). Otherwise a ring is not read while events from it are in flight (producer/pipeline/pipeline.py).
 
@@ -12,8 +12,8 @@ Retransmissions are urgent. Their ring also wakes the process when it was empty,
 LEAST_S = 0.02
 """Seconds between two reads of a ring, unless it fills."""
 _RETRY_S = 0.1
-_BATCH_SHARE = 0.8
-"""Of the most events of a batch: what a read waits for, as more may come meanwhile."""
+_REQUEST_SHARE = 0.8
+"""Of the events that fit into a produce request: what a read waits for, as more may come meanwhile."""
 _FILLING = 0.125
 _BURST = 10.0
 _LEAST_READS_PER_S = 2.5
@@ -74,8 +74,8 @@ class StreamPace:
         """
         return now_s >= (0.5 * (self._read_s + self.due_s) if self._was_empty else self.due_s)
 
-    def after_read(self, now_s: float, rows: int, batch_rows: int, *, more: bool) -> None:
-        """Note a read of `rows`; a batch has at most `batch_rows`. `more`: the ring likely has more."""
+    def after_read(self, now_s: float, rows: int, request_rows: int, *, more: bool) -> None:
+        """Note a read of `rows`; `request_rows` fit into a produce request. `more`: the ring likely has more."""
         self._measure(now_s, rows)
         self._rows += rows
         if more:
@@ -87,7 +87,7 @@ class StreamPace:
             self._budget.spend(now_s)
             wait_s = max(LEAST_S, self._budget.wait_s(now_s))
         elif self._rows:
-            wait_s = max(LEAST_S, _BATCH_SHARE * batch_rows * elapsed_s / self._rows)
+            wait_s = max(LEAST_S, _REQUEST_SHARE * request_rows * elapsed_s / self._rows)
         self.due_s = now_s + min(wait_s, self.latency_s)
         self._was_empty = not self._rows
         self._rows, self._read_s = 0, now_s

@@ -82,7 +82,7 @@ class Pipeline:
                 if more is None:
                     pace.after_failure(now_s)
                 else:
-                    pace.after_read(now_s, stream.taken - taken, stream.batch_rows, more=more)
+                    pace.after_read(now_s, stream.taken - taken, stream.request_rows, more=more)
         now_s = self._now_s()
         dues = [pace.due_s - now_s for name, pace in self._paces.items() if not self._waits(name)]
         return min(dues + self._report_waits(now_s))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from producer.events import Batch, EncodedBatch, Rows, Stream, common
 from producer.pipeline.interfaces import Encoder, Ring
 
-BATCH_ROWS = 8192
+BATCH_ROWS = 4096
 """Most rows of a batch: as many as the encoder takes at once."""
-_BATCH_REQUESTS = 2
-"""Produce requests that a batch may fill: it costs half a millisecond, whatever its size."""
+_REQUEST_ROWS = 8192
+"""Most rows of a request: of two batches."""
 _REQUEST_BYTES = 980_000
 """A little less than a produce request of librdkafka may have: 1,000,000, by batch.size and message.max.bytes."""
 _MESSAGE_BYTES = 36
@@ -49,8 +49,8 @@ class RingReader:
         self._ring = ring
         self._encoder = encoder
         self._count = count
-        self.batch_rows = BATCH_ROWS
-        """Most rows of the next batch: those that fit into _BATCH_REQUESTS, by the last batch, or BATCH_ROWS."""
+        self.request_rows = _REQUEST_ROWS
+        """Rows that fit into one produce request, by the last batch, but at most _REQUEST_ROWS."""
 
     @contextmanager
     def read(self, limit: int, utc_offset_ns: int) -> Iterator[Read | None]:
@@ -78,13 +78,13 @@ class RingReader:
             oldest_ns = int(common(rows)["ts"][0])
             batch = self._encoder.encode(Batch(self._stream, rows), utc_offset_ns)
             if batch:
-                self.batch_rows = _rows_that_fit(batch)
+                self.request_rows = _request_rows(batch)
         refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
         more = is_cut or len(rows) + damaged == limit
         return Read(rows, batch, oldest_ns, self._ring.position, refused, more)
 
 
-def _rows_that_fit(batch: EncodedBatch) -> int:
-    """Return how many messages like those of a batch the next one may have."""
-    total_bytes = int(batch.lengths.sum() + batch.key_lengths.sum()) + _MESSAGE_BYTES * len(batch)
-    return min(BATCH_ROWS, _BATCH_REQUESTS * max(1, _REQUEST_BYTES * len(batch) // total_bytes))
+def _request_rows(batch: EncodedBatch) -> int:
+    """Return how many messages like those of a batch fit into one produce request."""
+    total_bytes = int(batch.lengths.sum() + batch.key_lengths.sum())
+    return min(_REQUEST_ROWS, max(1, _REQUEST_BYTES * len(batch) // (total_bytes + _MESSAGE_BYTES * len(batch))))

@@ -83,9 +83,9 @@ class StreamPipeline:
         return self._ring.records_before
 
     @property
-    def batch_rows(self) -> int:
-        """Most events of the next batch."""
-        return self._reader.batch_rows
+    def request_rows(self) -> int:
+        """Events that fit into one produce request."""
+        return self._reader.request_rows
 
     @property
     def spooled(self) -> int:
@@ -166,7 +166,7 @@ class StreamPipeline:
         return self._is_overdue(now_s) or (self._ring.fill > _FULL and not sink.capacity(self.stream))
 
     def _send(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
-        with self._reader.read(min(sink.capacity(self.stream), self.batch_rows), utc_offset_ns) as read:
+        with self._reader.read(min(sink.capacity(self.stream), self.request_rows), utc_offset_ns) as read:
             if read is None:
                 return False
             if read.batch is None:

@@ -90,9 +90,9 @@ def test_a_step_with_a_defect_is_bounded_and_all_good_events_are_encoded(bad: se
     assert sorted(refused) == sorted(bad)
     assert good == [each for each in range(4096) if each not in bad]
     encoder._bad.clear()
-    for _ in range(7):
+    for _ in range(6):
         isolator.encode(Batch(TRANSMITS, rows_of(1)), UTC_OFFSET_NS)
-    assert isolator.fit(rows_of(9000)) == BATCH_ROWS, "again, now that the defect does not show"
+    assert isolator.fit(rows_of(5000)) == BATCH_ROWS, "again, now that the defect does not show"
 
 
 class OutOfMemory:

@@ -9,19 +9,19 @@ from producer.pipeline.pace import LEAST_S, Budget, StreamPace
 
 LATENCY_S = 1.0
 START_S = 1000.0
-BATCH_ROWS = 5120
+REQUEST_ROWS = 5120
 WORTHWHILE_ROWS = 4096
 
 
 def transmits(budget: Budget | None = None, latency_s: float = LATENCY_S) -> StreamPace:
     pace = StreamPace("transmit", latency_s, budget or Budget(), is_urgent=False)
-    pace.after_read(START_S, 0, BATCH_ROWS, more=False)
+    pace.after_read(START_S, 0, REQUEST_ROWS, more=False)
     return pace
 
 
 def retransmits(budget: Budget | None = None) -> StreamPace:
     pace = StreamPace("retransmit", LATENCY_S, budget or Budget(), is_urgent=True)
-    pace.after_read(START_S, 0, BATCH_ROWS, more=False)
+    pace.after_read(START_S, 0, REQUEST_ROWS, more=False)
     return pace
 
 
@@ -31,7 +31,7 @@ def reads_of(pace: StreamPace, events_per_s: float, seconds: float) -> list[floa
     while pace.due_s < START_S + seconds:
         now_s = pace.due_s
         times.append(now_s)
-        pace.after_read(now_s, round((now_s - seen_s) * events_per_s), BATCH_ROWS, more=False)
+        pace.after_read(now_s, round((now_s - seen_s) * events_per_s), REQUEST_ROWS, more=False)
         seen_s = now_s
     return times
 
@@ -55,9 +55,9 @@ def test_a_ring_is_never_read_more_often_than_the_least_time_allows() -> None:
 
 def test_a_ring_with_more_is_read_again_at_once_and_its_rate_counts_all_reads_together() -> None:
     pace = transmits()
-    pace.after_read(START_S + 1, WORTHWHILE_ROWS, BATCH_ROWS, more=True)
+    pace.after_read(START_S + 1, WORTHWHILE_ROWS, REQUEST_ROWS, more=True)
     assert pace.due_s == START_S + 1
-    pace.after_read(START_S + 1, WORTHWHILE_ROWS, BATCH_ROWS, more=False)
+    pace.after_read(START_S + 1, WORTHWHILE_ROWS, REQUEST_ROWS, more=False)
     assert pace.due_s == pytest.approx(START_S + 1.5)
 
 
@@ -77,10 +77,10 @@ def test_a_retransmission_is_read_at_once_but_not_right_after_another() -> None:
     assert pace.heeds(0.0)
     pace.wake(START_S + 0.3, 0.0)
     assert pace.due_s == START_S + 0.3
-    pace.after_read(START_S + 0.3, 1, BATCH_ROWS, more=False)
+    pace.after_read(START_S + 0.3, 1, REQUEST_ROWS, more=False)
     pace.wake(START_S + 0.301, 0.0)
     assert pace.due_s == START_S + 0.3 + LEAST_S
-    pace.after_read(pace.due_s, 0, BATCH_ROWS, more=False)
+    pace.after_read(pace.due_s, 0, REQUEST_ROWS, more=False)
     assert pace.due_s == START_S + 0.3 + LEAST_S + LATENCY_S
 
 
@@ -94,14 +94,14 @@ def delays_of(events_per_s: float, retransmits_per_s: float, seconds: float) -> 
     while arrivals or unread:
         now_s = min(transmit.due_s, retransmit.due_s, arrivals[0] if arrivals else math.inf)
         if transmit.due_s == now_s:
-            transmit.after_read(now_s, round((now_s - seen_s) * events_per_s), BATCH_ROWS, more=False)
+            transmit.after_read(now_s, round((now_s - seen_s) * events_per_s), REQUEST_ROWS, more=False)
             seen_s = now_s
         if arrivals and arrivals[0] == now_s:
             unread.append(arrivals.popleft())
             retransmit.wake(now_s, 0.0)
         if retransmit.due_s <= now_s:
             reads += bool(unread)
-            retransmit.after_read(now_s, len(unread), BATCH_ROWS, more=False)
+            retransmit.after_read(now_s, len(unread), REQUEST_ROWS, more=False)
             delays += [now_s - each for each in unread]
             unread = []
     return delays, reads
