@@ -1,6 +1,5 @@
 """Reloads by signal: however many come, the rules are resolved at a bounded rate, and the last text wins."""
 
-import contextlib
 import errno
 import itertools
 import logging
@@ -287,72 +286,6 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     assert (in_force.busy, in_force.version, len(put)) == (True, 2, 1)
     may_end.set()
     follow(in_force, asked)
-
-
-def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_end, put = threading.Event(), []
-    config = Config(rules=(RuleConfig(unit=("new.service",)),))
-    hooks: Any = Hooks()
-    hooks.put = lambda tables: put.append(tables) or 2
-
-    def slow(*rules: Any) -> Any:
-        assert may_end.wait(60)
-        return resolve(config, tmp_path)
-
-    monkeypatch.setattr("producer.agent.reload.follow", slow)
-    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(lambda: config), tmp_path)
-    (tmp_path / "new.service").mkdir()
-    in_force._look_at = 0
-    in_force.look()
-    in_force.look()
-    assert not put
-    may_end.set()
-    wait_until("the rules follow", lambda: in_force.look() or put)
-    assert in_force.version == 2
-
-
-def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = Config(rules=(RuleConfig(interface=("tun77",)),))
-    put: list[Any] = []
-    hooks: Any = Hooks()
-    hooks.put = lambda tables: put.append(tables) or 2
-    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(lambda: config), tmp_path)
-    (reason,) = in_force.reasons
-    assert reason.startswith("rule 1: interface tun77: ")
-    assert reason.endswith(": it matches nothing until it exists")
-    assert f"rules: {reason}" in caplog.text
-    monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
-    in_force._look_at = 0
-    wait_until("the rules follow", lambda: in_force.look() or put)
-    assert (in_force.reasons, put[0].values["interface"]) == ([], {12: 1})
-    monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
-    in_force._look_at, in_force._look_pace = 0, Pace()
-    wait_until("the rules follow an interface that was created again", lambda: in_force.look() or put[1:])
-    assert put[1].values["interface"] == {13: 1}
-
-
-def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = Config(rules=(RuleConfig(unit=("new.service",)),))
-    hooks: Any = Hooks()
-    in_force = InForce(hooks, config, resolve(config, tmp_path), ConfigReader(lambda: config), tmp_path)
-    in_force._look_at = 0
-    with monkeypatch.context() as patched:
-        patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            wait_until("the failure", in_force.look)
-        with pytest.raises(ZeroDivisionError):  # it lasts until a look succeeds
-            in_force.look()
-    hooks.put = lambda tables: 2
-    (tmp_path / "new.service").mkdir()
-    in_force._look_at, in_force._look_pace = 0, Pace()
-    with contextlib.suppress(ZeroDivisionError):
-        in_force.look()  # starts the next one
-    wait_until("it is over", lambda: in_force._look_error is None)
-    wait_until("the rules follow", lambda: in_force.look() or in_force.version == 2)
 
 
 def test_many_writes_into_the_kernel_do_not_hold_the_loop() -> None:

@@ -1,0 +1,94 @@
+"""What rules name is followed without a reload: looked for in a thread, and again if that fails."""
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.agent.reload import ConfigReader, InForce
+from producer.agent.supervise import Pace
+from producer.config.load import Config, RuleConfig
+from producer.rules.resolve import resolve
+from tests.support.rebpf import wait_until
+
+
+class Hooks:
+    """Takes rules, as the kernel does."""
+
+    version = 1
+
+    def __init__(self) -> None:
+        self.tables: list[Any] = []
+
+    def put(self, tables: Any) -> int:
+        self.tables.append(tables)
+        return 2
+
+
+def in_force_of(config: Config, cgroups: Path) -> tuple[InForce, Hooks]:
+    hooks: Any = Hooks()
+    return InForce(hooks, config, resolve(config, cgroups), ConfigReader(lambda: config), cgroups), hooks
+
+
+def make_due(in_force: InForce) -> None:
+    """Let the next look start at once."""
+    in_force._look_at, in_force._look_pace = 0, Pace()
+
+
+def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    config = Config(rules=(RuleConfig(unit=("new.service",)),))
+
+    def slow(*rules: Any) -> Any:
+        assert may_end.wait(60)
+        return resolve(config, tmp_path)
+
+    monkeypatch.setattr("producer.agent.reload.follow", slow)
+    in_force, hooks = in_force_of(config, tmp_path)
+    (tmp_path / "new.service").mkdir()
+    make_due(in_force)
+    in_force.look()
+    in_force.look()
+    assert not hooks.tables
+    may_end.set()
+    wait_until("the rules follow", lambda: in_force.look() or hooks.tables)
+    assert in_force.version == 2
+
+
+def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_force, hooks = in_force_of(Config(rules=(RuleConfig(interface=("tun77",)),)), tmp_path)
+    (reason,) = in_force.reasons
+    assert reason.startswith("rule 1: interface tun77: ")
+    assert reason.endswith(": it matches nothing until it exists")
+    assert f"rules: {reason}" in caplog.text
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
+    make_due(in_force)
+    wait_until("the rules follow", lambda: in_force.look() or hooks.tables)
+    assert (in_force.reasons, hooks.tables[0].values["interface"]) == ([], {12: 1})
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
+    make_due(in_force)
+    wait_until("the rules follow an interface that was created again", lambda: in_force.look() or hooks.tables[1:])
+    assert hooks.tables[1].values["interface"] == {13: 1}
+
+
+def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_force, _ = in_force_of(Config(rules=(RuleConfig(unit=("new.service",)),)), tmp_path)
+    make_due(in_force)
+    with monkeypatch.context() as patched:
+        patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            wait_until("the failure", in_force.look)
+        with pytest.raises(ZeroDivisionError):  # it lasts until a look succeeds
+            in_force.look()
+    (tmp_path / "new.service").mkdir()
+    make_due(in_force)
+    with contextlib.suppress(ZeroDivisionError):
+        in_force.look()  # starts the next one
+    wait_until("it is over", lambda: in_force._look_error is None)
+    wait_until("the rules follow", lambda: in_force.look() or in_force.version == 2)
