@@ -45,8 +45,37 @@ static PyObject *barrier(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused
 	Py_RETURN_NONE;
 }
 
+/* finished(data, offset, stride, size, count) */
+static PyObject *finished(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+	PyObject *object;
+	Py_ssize_t offset, stride, count;
+	unsigned int size;
+	Py_buffer data;
+
+	if (!PyArg_ParseTuple(arguments, "OnnIn", &object, &offset, &stride, &size, &count) ||
+	    PyObject_GetBuffer(object, &data, PyBUF_SIMPLE) < 0)
+		return NULL;
+	Py_ssize_t room = data.len - (Py_ssize_t)sizeof(uint32_t) - offset;
+	Py_ssize_t number = 0;
+	if (offset < 0 || offset % 8 || stride <= 0 || stride % 8 || count < 0 || room < 0 ||
+	    (count && count - 1 > room / stride)) {
+		PyErr_SetString(PyExc_ValueError, "records are outside the data");
+		number = -1;
+	} else {
+		const char *record = (const char *)data.buf + offset;
+		while (number < count && __atomic_load_n((const uint32_t *)record, __ATOMIC_ACQUIRE) == size) {
+			record += stride;
+			number++;
+		}
+	}
+	PyBuffer_Release(&data);
+	return number < 0 ? NULL : PyLong_FromSsize_t(number);
+}
+
 static PyMethodDef functions[] = {
 	{ "barrier", barrier, METH_NOARGS, NULL },
+	{ "finished", finished, METH_VARARGS, NULL },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from producer._native import barrier
+from producer._native import barrier, finished
 from producer.events import Rows
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Ring:
         self.size_bytes = size_bytes
         self.stride = _HEADER_BYTES + dtype.itemsize
         """Bytes per record."""
+        self._dtype = dtype
         self._record = np.dtype([("length", "<u4"), ("page", "<u4"), ("row", dtype)])
         self.position = int(self._consumer[0])
         """Position after the last record read, in bytes since the ring was created."""
@@ -96,10 +97,17 @@ class Ring:
         count = min(self.unread, limit)
         barrier()
         self.damaged = 0
-        left = -(-(self.size_bytes - self.position % self.size_bytes) // self.stride)
+        offset = self.position % self.size_bytes
+        left = -(-(self.size_bytes - offset) // self.stride)
+        offset += mmap.PAGESIZE
+        if count <= left and finished(self._data, offset, self.stride, self._dtype.itemsize, count) == count:
+            self.position += count * self.stride
+            return np.ndarray(count, self._dtype, self._data, offset + _HEADER_BYTES, self.stride)
+        return self._read_slowly(count, left)
+
+    def _read_slowly(self, count: int, left: int) -> Rows:
+        """Read up to `count` records, `left` of them before the ring wraps, and skip those that are not finished."""
         parts = [self._records(self.position, min(count, left))]
-        if not count:
-            return parts[0]["row"]
         if count > left:
             parts.append(self._records(self.position + left * self.stride, count - left))
         lengths = np.concatenate([part["length"] for part in parts])

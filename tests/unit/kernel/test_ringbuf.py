@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from producer._native import finished
 from producer.kernel.ringbuf import Ring
 
 PAGE = mmap.PAGESIZE
@@ -264,3 +265,18 @@ def test_the_rings_own_descriptor_is_not_needed_after_the_start(kernel: Kernel) 
         os.close(descriptor)
         kernel.put(5)
         assert numbers(ring) == [5]
+
+
+@pytest.mark.parametrize(
+    ("offset", "stride", "count"),
+    [(-8, 24, 1), (4, 24, 1), (0, 0, 1), (0, 12, 1), (0, 24, -1), (0, 24, 5), (88, 24, 2), (1 << 62, 8, 1)],
+)
+def test_records_outside_the_data_are_refused(offset: int, stride: int, count: int) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        finished(bytes(88), offset, stride, 16, count)
+
+
+def test_records_are_finished_up_to_the_first_of_another_length() -> None:
+    data = b"".join(struct.pack("<II16x", length, 0) for length in (16, 16, 16 | BUSY, 16))
+    assert [finished(data, 0, 24, 16, count) for count in (0, 1, 2, 3, 4)] == [0, 1, 2, 2, 2]
+    assert finished(data, 72, 24, 16, 1) == 1
