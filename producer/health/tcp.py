@@ -78,7 +78,7 @@ class TcpMetrics(Collector):
         self._room = min(_FEW_CONNECTIONS, most)
         """The number of connections above which closed ones are dropped."""
         self._counts = np.zeros(1, _COUNTS)
-        self._retransmitted = np.zeros(len(CAUSES))
+        self._retransmitted = [0] * len(CAUSES)
 
     def counter(self, stream: Stream) -> Callable[[Rows], None] | None:
         """Return the function to call with each batch of a stream's rows; None if no metric counts them."""
@@ -86,11 +86,12 @@ class TcpMetrics(Collector):
         return {RETRANSMITS.name: self._count_retransmissions, FLOWS.name: self._count_connections}.get(stream.name)
 
     def _count_retransmissions(self, rows: Rows) -> None:
+        """Count without numpy, which costs more for the few rows that there mostly are."""
         segment = rows["s"]
-        segments = segment["segs"].astype(np.float64) * segment["sample_rate"]
-        causes = np.where(rows["cause"] < len(CAUSES), rows["cause"], 0)
+        columns = rows["cause"].tolist(), segment["segs"].tolist(), segment["sample_rate"].tolist()
         with self._lock:
-            self._retransmitted += np.bincount(causes, segments, len(CAUSES))
+            for cause, segments, rate in zip(*columns, strict=True):
+                self._retransmitted[cause if cause < len(CAUSES) else 0] += segments * rate
 
     def _count_connections(self, rows: Rows) -> None:
         with self._lock:
@@ -120,10 +121,9 @@ class TcpMetrics(Collector):
     def _retransmissions(self) -> Metric:
         text = "Segments retransmitted, by cause."
         family = CounterMetricFamily("rebpf_tcp_retransmitted_segments", text, labels=["cause"])
-        counts = self._retransmitted
-        if RETRANSMITS.name not in self._captured:
-            counts = self._counts["retransmitted"][0].astype(np.float64)
-        for cause, count in zip(CAUSES, counts.tolist(), strict=True):
+        is_captured = RETRANSMITS.name in self._captured
+        counts = self._retransmitted if is_captured else self._counts["retransmitted"][0].tolist()
+        for cause, count in zip(CAUSES, counts, strict=True):
             family.add_metric([cause], count)
         return family
 
@@ -132,7 +132,7 @@ class TcpMetrics(Collector):
         segments = counts["segments"].item()
         if RETRANSMITS.name in self._captured:  # these have the SYN-ACKs of connections that were never completed, too
             segments = max(0, segments - counts["retransmitted"][_SYN_ACK].item())
-            segments += self._retransmitted[_SYN_ACK].item()
+            segments += self._retransmitted[_SYN_ACK]
         text = "Segments sent by connections, retransmissions included."
         yield CounterMetricFamily("rebpf_tcp_segments", text, segments)
         text = "Connections that began: client called connect, server accepted."

@@ -8,7 +8,7 @@ from pathlib import Path
 from producer.events import HOOKS, STREAMS, Stream
 from producer.rules.tables import Action, Tables, tables
 
-_WAKEUP_SHARE = 8
+_WAKEUP_SHARE = 4
 _LEAST_WAKEUP_EVENTS = 256
 
 
@@ -34,7 +34,7 @@ class CaptureSettings:
     def wakeup_mask(self, stream: Stream) -> int:
         """Return how often each CPU wakes the process: at every event whose number has none of these bits.
 
-        That is before all CPUs together have filled an eighth of the stream's ring. On a host with many CPUs each waits
+        That is before all CPUs together have filled a quarter of the stream's ring. On a host with many CPUs each waits
         for 256 events nevertheless, as their wake-ups add up.
         """
         records = self.ring_bytes.get(stream.ring, 0) // stream.dtype.itemsize

@@ -2,11 +2,12 @@
 
 A read that finds events costs a batch and a produce request. So a ring is read once its events nearly fill a request,
 by the rate at the last read, and `latency_s` after the last read at the latest. If events come faster than expected, it
-is read when unread events fill an eighth of it: the kernel wakes the process often enough to see that
+is read when unread events fill a quarter of it: the kernel wakes the process often enough to see that
 (bpf/rebpf.bpf.c). Otherwise a ring is not read while events from it are in flight (producer/pipeline/pipeline.py).
 
-Retransmissions are urgent. Their ring also wakes the process when it was empty, and is read at once, but at most every
-20 ms and within a budget of reads that grows with the host's events, so that they cost a quiet host few requests.
+Retransmissions are urgent, unless the configuration says otherwise: their ring also wakes the process when it was
+empty, and is read at once, but at most every 20 ms and within a budget of reads that grows with the host's events, so
+that they cost a quiet host few requests.
 """
 
 LEAST_S = 0.02
@@ -14,7 +15,7 @@ LEAST_S = 0.02
 _RETRY_S = 0.1
 _REQUEST_SHARE = 0.8
 """Of the events that fit into a produce request: what a read waits for, as more may come meanwhile."""
-_FILLING = 0.125
+_FILLING = 0.25
 _BURST = 10.0
 _LEAST_READS_PER_S = 2.5
 _EVENTS_PER_READ = 100.0

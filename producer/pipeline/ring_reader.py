@@ -12,6 +12,8 @@ BATCH_ROWS = 4096
 """Most rows of a batch: as many as the encoder takes at once."""
 _REQUEST_ROWS = 8192
 """Most rows of a request: of two batches."""
+_TYPICAL_ROWS = 8
+"""Rows of the smallest batch by which the size of a request is estimated: for fewer, that costs more than it saves."""
 _REQUEST_BYTES = 980_000
 """A little less than a produce request of librdkafka may have: 1,000,000, by batch.size and message.max.bytes."""
 _MESSAGE_BYTES = 36
@@ -50,7 +52,7 @@ class RingReader:
         self._encoder = encoder
         self._count = count
         self.request_rows = _REQUEST_ROWS
-        """Rows that fit into one produce request, by the last batch, but at most _REQUEST_ROWS."""
+        """Rows that fit into one produce request, by the last batch that was not small, but at most _REQUEST_ROWS."""
 
     @contextmanager
     def read(self, limit: int, utc_offset_ns: int) -> Iterator[Read | None]:
@@ -77,9 +79,13 @@ class RingReader:
         if len(rows):
             oldest_ns = int(common(rows)["ts"][0])
             batch = self._encoder.encode(Batch(self._stream, rows), utc_offset_ns)
-            if batch:
+            if batch and len(batch) >= _TYPICAL_ROWS:
                 self.request_rows = _request_rows(batch)
-        refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
+        refused = Counter[str]()
+        if unencodable := len(rows) - len(batch or ()):
+            refused[_UNENCODABLE] = unencodable
+        if damaged:
+            refused[_DAMAGED] = damaged
         more = is_cut or len(rows) + damaged == limit
         return Read(rows, batch, oldest_ns, self._ring.position, refused, more)
 

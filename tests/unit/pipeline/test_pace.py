@@ -64,11 +64,11 @@ def test_a_ring_with_more_is_read_again_at_once_and_its_rate_counts_all_reads_to
 def test_a_transmit_ring_that_fills_is_read_at_once_and_another_in_its_time() -> None:
     pace = transmits()
     due_s = pace.due_s
-    assert not pace.heeds(0.12)
-    pace.wake(START_S + 0.1, 0.12)
+    assert not pace.heeds(0.24)
+    pace.wake(START_S + 0.1, 0.24)
     assert pace.due_s == due_s
-    assert pace.heeds(0.13)
-    pace.wake(START_S + 0.1, 0.13)
+    assert pace.heeds(0.26)
+    pace.wake(START_S + 0.1, 0.26)
     assert pace.due_s == START_S + 0.1
 
 

@@ -85,10 +85,10 @@ def test_a_batch_that_is_done_is_not_spilled_with_the_one_before_it(tmp_path: Fo
 def test_a_batch_is_at_most_one_produce_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IdEncoder, "key", b"k" * 10_000)
     setup = Setup()
-    setup.arrive(1)
+    setup.arrive(8)
     setup.arrive(500)
     first, second = (len(batch) for batch, _, _ in setup.sink.open["transmit"][:2])
-    assert first == 1
+    assert first == 8
     assert 90 < second < 100  # of 1 MB
 
 
