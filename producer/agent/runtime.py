@@ -91,10 +91,11 @@ class Runtime:
         self._housekeeping(reload)
         self._log_ready()
         streams = [each.pipeline for each in self.streams]
-        latency_s = self.config.capture.latency_s
+        capture = self.config.capture
         pipeline = Pipeline(
-            streams, self.sink, time.monotonic, UtcOffset(), metrics.DELIVERY.observe, self._guard, latency_s
-        )
+            streams, self.sink, time.monotonic, UtcOffset(), metrics.DELIVERY.observe, self._guard,
+            capture.latency_s, at_once=capture.retransmit_at_once,
+        )  # fmt: skip
         self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
         flows = self.flows = self._flow_timer()
@@ -119,7 +120,7 @@ class Runtime:
 
     def _apply(self, pipeline: Pipeline, config: Config) -> None:
         """Apply what a reload has changed outside the rules (producer.config.effective.AT_RELOAD)."""
-        pipeline.set_latency(config.capture.latency_s)
+        pipeline.set_latency(config.capture.latency_s, at_once=config.capture.retransmit_at_once)
         self.budget.set(config.capture.transmit_events_per_s)
         if self.flows:
             self.flows.set_interval(config.capture.flow_interval_s)

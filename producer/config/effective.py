@@ -22,6 +22,7 @@ AT_RELOAD = (
     "capture.ports",
     "capture.default",
     "capture.latency_s",
+    "capture.retransmit_at_once",
     "capture.transmit_events_per_s",
     "capture.flow_interval_s",
     "kafka.stop_timeout_s",

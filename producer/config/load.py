@@ -64,7 +64,9 @@ class Capture:
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash, if systemd does not."""
     latency_s: float = 1.0
     """Maximum seconds between two reads of a ring, unless Kafka takes longer to acknowledge events from it. Busy rings
-    are read more often, and retransmissions at once."""
+    are read more often."""
+    retransmit_at_once: bool = True
+    """Read retransmissions at once, mostly within 20 ms; otherwise within latency_s, for less CPU."""
     transmit_events_per_s: int = 0
     """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None

@@ -27,7 +27,7 @@ _MOST_REPORT_WAIT_S = 0.1
 
 
 class Pipeline:
-    """Moves the events of all `streams` to `sink`, each within about `latency_s`.
+    """Moves the events of all `streams` to `sink`, each within about `latency_s`, and retransmissions `at_once`.
 
     `now_s` returns the monotonic clock in seconds, `utc_offset_ns` its offset to UTC. `delivered` is called per batch
     with the seconds from the kernel to the acknowledgement, and its number of events. `guard` runs the work of one
@@ -43,6 +43,8 @@ class Pipeline:
         delivered: Callable[[float, int], None] = lambda seconds, count: None,
         guard: Callable[[str, Callable[[], bool]], bool | None] = lambda stream, work: work(),
         latency_s: float = 1.0,
+        *,
+        at_once: bool = True,
     ) -> None:
         self._streams = {each.stream.name: each for each in streams}
         self._sink = sink
@@ -52,14 +54,14 @@ class Pipeline:
         self._guard = guard
         budget = Budget()
         self._paces = {
-            each.stream.name: StreamPace(each.stream.name, latency_s, budget, is_urgent=each.stream == RETRANSMITS)
-            for each in streams
+            each.stream.name: StreamPace(each.stream.name, latency_s, budget, is_urgent=False) for each in streams
         }
+        self.set_latency(latency_s, at_once=at_once)
 
-    def set_latency(self, latency_s: float) -> None:
-        """Read each ring within about `latency_s` from its next read on."""
-        for pace in self._paces.values():
-            pace.latency_s = latency_s
+    def set_latency(self, latency_s: float, *, at_once: bool) -> None:
+        """Read each ring within about `latency_s` from its next read on, and retransmissions `at_once`."""
+        for name, pace in self._paces.items():
+            pace.latency_s, pace.is_urgent = latency_s, at_once and name == RETRANSMITS.name
 
     def heeds(self, woken: Collection[str]) -> bool:
         """Whether the next turn should come early because the rings of these streams woke the process."""
@@ -74,11 +76,12 @@ class Pipeline:
         for name, stream in self._streams.items():
             pace, now_s = self._paces[name], self._now_s()
             # The kernel wakes nobody for an event that arrives before all older ones were committed.
-            if name in woken or (pace.is_urgent and name in finished):
+            if name in woken or (pace.is_urgent and name in finished and stream.unread_share):
                 pace.wake(now_s, stream.unread_share)
-            if (pace.is_due(now_s) and not self._waits(name)) or stream.is_stalled(self._sink, now_s):
+            is_stalled = stream.is_stalled(self._sink, now_s)
+            if is_stalled or (pace.is_due(now_s) and not self._waits(name)):
                 taken = stream.taken
-                more = self._step(name, stream)
+                more = self._step(name, stream) if is_stalled or stream.unread_share else False
                 if more is None:
                     pace.after_failure(now_s)
                 else:

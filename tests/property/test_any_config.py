@@ -65,7 +65,7 @@ VALUES = NUMBERS | OTHERS | TEXTS | st.lists(NUMBERS | TEXTS, max_size=3).map(la
 SECTIONS = {
     "": "host state_dir",
     "capture": "hooks addresses ports default transmit_ring_bytes retransmit_ring_bytes pin latency_s "
-    "transmit_events_per_s btf",
+    "retransmit_at_once transmit_events_per_s btf",
     "kafka": "brokers topic_prefix settings stop_timeout_s",
     "kafka.settings": "acks linger.ms max.in.flight delivery.report.only.error client.id enable.gapless.guarantee "
     "group.id security.protocol ssl.ca.location message.max.bytes batch.size retries debug lingr.ms fetch.max.bytes",

@@ -44,6 +44,7 @@ flow = true
 flow_interval_s = 30
 pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
+retransmit_at_once = false
 transmit_events_per_s = 1000
 btf = "/some/vmlinux"
 programs = "/some/programs"
@@ -191,6 +192,7 @@ def test_every_setting_can_be_read(read):
             flow_interval_s=30.0,
             pin=Path("/sys/fs/bpf/rebpf"),
             latency_s=1.0,
+            retransmit_at_once=False,
             transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
             programs=Path("/some/programs"),

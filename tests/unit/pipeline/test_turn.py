@@ -83,15 +83,40 @@ def test_a_retransmission_that_came_while_others_were_in_flight_is_read_after_th
     assert ring.position == 2 * STRIDE
 
 
+def test_retransmissions_that_are_not_read_at_once_wait_as_other_events_do() -> None:
+    setup = Setup()
+    setup.pipeline.set_latency(1.0, at_once=False)
+    setup.pipeline.turn()
+    setup.now_s += 0.1
+    ring = setup.rings["retransmit"]
+    ring.written = 3
+    assert not setup.pipeline.heeds({"retransmit"})
+    assert setup.pipeline.turn({"retransmit"}) == pytest.approx(0.9)
+    assert ring.position == 0
+    setup.now_s += 0.9
+    assert setup.pipeline.turn() == pytest.approx(0.1), "when the reports are looked for"
+    assert ring.position == 3 * STRIDE
+
+
+def test_a_ring_without_unread_events_is_not_read() -> None:
+    setup = Setup()
+    reads: list[int] = []
+    setup.ring.read = reads.append  # type: ignore[assignment]
+    setup.pipeline.turn()
+    setup.now_s += 1
+    assert setup.pipeline.turn() == pytest.approx(1.0)
+    assert not reads
+
+
 def test_a_ring_that_fills_is_read_before_it_is_due() -> None:
     setup = Setup()
     setup.pipeline.turn()
-    setup.ring.written = RING_ROWS // 10
-    assert not setup.pipeline.heeds({"transmit"})
     setup.ring.written = RING_ROWS // 5
+    assert not setup.pipeline.heeds({"transmit"})
+    setup.ring.written = RING_ROWS // 3
     assert setup.pipeline.heeds({"transmit"})
     setup.pipeline.turn({"transmit"})
-    assert len(setup.sink.sent) == RING_ROWS // 5
+    assert len(setup.sink.sent) == RING_ROWS // 3
 
 
 def test_events_wait_in_the_ring_for_those_in_flight_unless_they_fill_it() -> None:
@@ -99,12 +124,12 @@ def test_events_wait_in_the_ring_for_those_in_flight_unless_they_fill_it() -> No
     setup.ring.written = 5
     setup.pipeline.turn()
     setup.now_s += 1.5
-    setup.ring.written = RING_ROWS // 10
+    setup.ring.written = RING_ROWS // 5
     assert setup.pipeline.turn() == pytest.approx(0.1)  # the next look for reports
     assert len(setup.sink.sent) == 5
-    setup.ring.written = RING_ROWS // 5
+    setup.ring.written = RING_ROWS // 3
     setup.pipeline.turn()
-    assert len(setup.sink.sent) == RING_ROWS // 5
+    assert len(setup.sink.sent) == RING_ROWS // 3
 
 
 def test_events_that_waited_for_those_in_flight_are_sent_in_the_turn_of_the_reports() -> None:
@@ -149,4 +174,5 @@ def test_a_stream_whose_step_fails_is_due_again_soon() -> None:
         lambda: UTC_OFFSET_NS,
         guard=lambda name, work: None,
     )
+    setup.ring.written = 1
     assert pipeline.turn() == pytest.approx(0.1)
