@@ -33,6 +33,7 @@ _CACHE = Path("/var/cache/rebpf")
 GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
 """That of producer.view.table, which is not imported for every command."""
+_WINDOW_S = 10.0
 _WIDE = 200
 """The width of lines that do not go to a terminal."""
 
@@ -140,7 +141,7 @@ def trace(
 @registry_option
 @option("--by", type=click.Choice(GROUPS), default=GROUPS[0], show_default=True, help="What a line stands for.")
 @option("--sort", type=click.Choice(SORTS), default=SORTS[0], show_default=True, help="Sort by this column.")
-@option("--window", type=Number(1, 60), default=10.0, show_default=True, help="Seconds that rates cover.")
+@option("--window", type=Number(1, 60), help="Seconds that rates cover.  [default: 10; with --brokers 30]")
 @option("--once", is_flag=True, help="Print the table of one window, then exit.")
 @json_option
 def top(
@@ -150,7 +151,7 @@ def top(
     registry: str | None,
     by: str,
     sort: str,
-    window: float,
+    window: float | None,
     once: bool,
     as_json: bool,
 ) -> None:
@@ -164,12 +165,13 @@ def top(
     from producer.view.filter import parse
     from producer.view.keys import Choice
     from producer.view.terminal import is_usable
-    from producer.view.topics import INTERVAL_S
+    from producer.view.topics import INTERVAL_S, WINDOW_S
 
     text = " ".join(filter_words)
     parse(text)
     if as_json and not once:
         usage("--json needs --once")
+    window = window or (WINDOW_S if brokers else _WINDOW_S)
     if brokers and window < INTERVAL_S:
         least = f"expected at least {INTERVAL_S} with --brokers"
         usage(f"--window: {least}, since producers report open connections every {INTERVAL_S} s")

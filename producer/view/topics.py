@@ -25,6 +25,10 @@ _READ_S = 0.5
 _MAX_REASONS = 100
 INTERVAL_S = 10
 """Seconds between two records of an open connection, unless producers set another `capture.flow_interval_s`."""
+WINDOW_S = 30.0
+"""A multiple of that interval with each profile, so that a window has a record of each open connection."""
+EARLIER_S = 40.0
+"""Seconds before the view whose records are read: more than an interval with each profile."""
 
 
 class TopicSource:
@@ -62,7 +66,7 @@ class TopicSource:
             logger.warning("skipped messages=%d reason=%r", count, reason)
 
     def earlier(self) -> Iterator[Records]:
-        """Yield the records of connections of the last two intervals, up to the end of the topics.
+        """Yield the records of connections of the last EARLIER_S, up to the end of the topics.
 
         They only make the first rates come sooner, so it is no error if Kafka no longer has them.
         """
@@ -72,7 +76,7 @@ class TopicSource:
             logger.warning("the first rates are incomplete: %s", error)
 
     def _earlier(self) -> Iterator[Records]:
-        since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
+        since_ms = int((time.time() - EARLIER_S) * 1000)
         reader = TopicReader(self._brokers, self._topics, self._client_settings, since_ms=since_ms, skip_missing=True)
         with contextlib.closing(reader), Progress("reading the last records") as progress:
             for batch in reader.batches(progress):
