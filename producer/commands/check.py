@@ -30,7 +30,7 @@ from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
 from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
-from producer.spool.configured import ledger_path, spool_bytes, spool_folder
+from producer.spool.from_config import ledger_path, spool_bytes, spool_folder
 from producer.spool.files import SPOOL_SUFFIX, files
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")

@@ -45,7 +45,7 @@ from producer.health.web_config import WebConfig, WebSettings
 from producer.host import state_file
 from producer.host.endpoints import endpoint
 from producer.host.log_limit import LogLimit
-from producer.host.lookup import Lookup
+from producer.host.dns import Lookup
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS, TRANSMITS, EncodedBatch, Rows, SchemaId, Stream
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
-from producer.spool.configured import ledger_path, new_spool
+from producer.spool.from_config import ledger_path, new_spool
 from producer.spool.quarantine import Quarantine
 
 FRAME_BYTES = 5

@@ -17,7 +17,7 @@ from producer.events import RETRANSMITS, TRANSMITS
 from producer.host.clock import now
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
-from producer.spool.configured import ledger_path, spool_folder
+from producer.spool.from_config import ledger_path, spool_folder
 from producer.spool.spool import Spool
 from tests.support import spool_folders
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
