@@ -1,4 +1,4 @@
-"""The settings in force: a reload changes some of them. The rules also follow the cgroups and interfaces that they name."""
+"""The settings in force: a reload changes some of them, and the rules follow what they name, such as cgroups."""
 
 import logging
 import threading
@@ -238,7 +238,7 @@ class InForce:
     def follow_names(self) -> None:
         """Every 2 s, look up what the rules name: it may have appeared, or been replaced.
 
-        There may be many rules and cgroups, so a thread does it, and compiles the rules. A later call puts them in force.
+        There may be many rules and cgroups, so a thread does it. A later call puts the rules in force.
         """
         if not self._prepared and not (self._lookup and self._lookup.is_alive()):
             self._next_lookup()

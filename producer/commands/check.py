@@ -30,8 +30,8 @@ from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
 from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
-from producer.spool.from_config import ledger_path, spool_bytes, spool_folder
 from producer.spool.files import SPOOL_SUFFIX, files
+from producer.spool.from_config import ledger_path, spool_bytes, spool_folder
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")

@@ -20,9 +20,9 @@ from producer.host.clock import Moment, now
 from producer.host.state_file import NotAFileError, open_regular
 from producer.host.text import lines
 from producer.pipeline.ledger import Account, Ledger
-from producer.spool.from_config import ledger_path, quarantine_folder, spool_folder
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, size_bytes
 from producer.spool.format import DamagedError, Reader, read_header
+from producer.spool.from_config import ledger_path, quarantine_folder, spool_folder
 from producer.spool.spool import HEADER_BYTES
 from producer.topics import topic
 

@@ -2,8 +2,8 @@
 
 from producer.events import Outcome, Stream
 from producer.pipeline.account import StreamAccount
-from producer.pipeline.interfaces import Sink
 from producer.pipeline.in_flight import InFlightBatch, InFlightBatches
+from producer.pipeline.interfaces import Sink
 from producer.spool.spool import Spool
 
 _MOST_BATCHES = 32

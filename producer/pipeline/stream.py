@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from producer.events import Outcome, Rows, Stream
 from producer.pipeline.account import StreamAccount
+from producer.pipeline.in_flight import InFlightBatch, InFlightBatches
 from producer.pipeline.interfaces import Encoder, Ring, Sink, Waits
 from producer.pipeline.ledger import Account
 from producer.pipeline.ring_reader import BATCH_ROWS, RingReader
 from producer.pipeline.spool_sender import SpoolSender
-from producer.pipeline.in_flight import InFlightBatch, InFlightBatches
 from producer.spool.spool import Spool
 
 _FULL = 0.5

@@ -63,7 +63,7 @@ def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong
         run.finish()
 
 
-def test_what_does_not_fit_this_host_is_refused_with_file_and_line(tmp_path: Path) -> None:
+def test_settings_that_do_not_fit_this_host_are_refused_with_file_and_line(tmp_path: Path) -> None:
     expected = r"rebpf\.toml: line 4: rule 2: no user has the name 'no-such-user'"
     with Run(tmp_path, config=only(443)) as run:
         run.ready()

@@ -373,7 +373,7 @@ def test_a_socket_that_connects_again_has_a_record_for_each_connection(flows: Re
     assert len(set(rows["flow"]["sk_cookie"])) == 1
 
 
-def test_what_the_rules_drop_and_the_producers_own_connections_have_no_record(lab: Lab, port: int) -> None:
+def test_dropped_and_own_connections_have_no_record(lab: Lab, port: int) -> None:
     settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with Recording(settings) as recording:
         with inside(lab.client), socket.create_server((lab.client.ipv4, port)) as listener:

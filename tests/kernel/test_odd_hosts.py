@@ -129,7 +129,7 @@ def delivered_by(run: Run) -> int:
     return int(next(each["delivered"] for each in run.get("status")["streams"] if each["topic"] == TRANSMIT))
 
 
-def test_a_frozen_disk_costs_no_event_and_holds_only_what_is_written_to_it(disk: Path) -> None:
+def test_a_frozen_disk_costs_no_event_and_blocks_only_writes_to_it(disk: Path) -> None:
     """As the snapshot of a backup freezes it, here for longer, and during an outage of Kafka."""
     cluster = Cluster()
     for name in (TRANSMIT, "tcp_retransmit", "tcp_flow", "rebpf_agent"):

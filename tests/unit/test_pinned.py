@@ -74,7 +74,7 @@ def test_a_folder_in_which_others_could_pin_is_refused(pins: Path, mode: int, ow
     assert_refused(pins, "belongs to uid 0 and that nobody else can write to")
 
 
-def test_what_an_interrupted_start_left_is_removed(pins: Path) -> None:
+def test_leftovers_of_an_interrupted_start_are_removed(pins: Path) -> None:
     for name in ("transmit_pipe", "link_0", "retransmit_1"):
         (pins / f"{name}_{7:016x}").symlink_to("ours")
     (pins / "manifest_new").symlink_to("ours")

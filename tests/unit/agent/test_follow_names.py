@@ -37,7 +37,7 @@ def make_due(in_force: InForce) -> None:
     in_force._lookup_at, in_force._lookup_pace = 0, Pace()
 
 
-def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_of_many_cgroups_does_not_block_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
     config = Config(rules=(RuleConfig(unit=("new.service",)),))
 
@@ -77,7 +77,7 @@ def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
     assert hooks.tables[1].values["interface"] == {13: 1}
 
 
-def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
+def test_an_error_in_a_lookup_is_a_failed_step_and_the_next_lookup_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_force, _ = in_force_of(Config(rules=(RuleConfig(unit=("new.service",)),)), tmp_path)

@@ -225,7 +225,7 @@ def test_a_file_that_changes_during_the_start_is_reloaded() -> None:
     assert reads == [1, 2]
 
 
-def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
+def test_a_file_that_takes_long_does_not_block_the_loop() -> None:
     may_end = threading.Event()
 
     def read() -> Config:
@@ -243,7 +243,7 @@ def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
     assert in_force.config.capture.latency_s == 0.5
 
 
-def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_disk_hangs_does_not_block_the_loop_and_health_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at a file of NFS or FUSE may hang for ever; here, after the start."""
     may_end, threads = threading.Event(), [threading.get_ident()]
     watching = Config().with_values(reload_when_changed=True)
@@ -288,7 +288,7 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     follow(in_force, asked)
 
 
-def test_many_writes_into_the_kernel_do_not_hold_the_loop() -> None:
+def test_many_writes_into_the_kernel_do_not_block_the_loop() -> None:
     hooks, asked = Hooks(), Asked()
     are_over = False
     hooks.steps = itertools.takewhile(lambda _: not are_over, itertools.repeat(None))

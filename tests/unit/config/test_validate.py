@@ -121,7 +121,7 @@ def read(folder: Path, text: str | bytes) -> Config:
         b"\x00",
     ],
 )
-def test_what_is_out_of_range_or_form_is_refused_in_one_line(tmp_path, text):
+def test_malformed_and_out_of_range_values_are_refused_in_one_line(tmp_path, text):
     with pytest.raises(ConfigError) as refusal:
         read(tmp_path, text)
     assert str(refusal.value).startswith(f"{tmp_path}/rebpf.toml: ")

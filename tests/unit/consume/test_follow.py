@@ -48,7 +48,7 @@ def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
 
 
 @pytest.mark.slow
-def test_a_topic_that_was_created_again_is_read_from_its_beginning_with_a_new_client(
+def test_a_recreated_topic_is_read_from_its_beginning_with_a_new_client(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""

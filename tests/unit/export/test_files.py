@@ -86,7 +86,7 @@ def test_an_export_is_read_as_the_file_that_it_was_made_of(tmp_path: Path, strea
 
 
 @pytest.mark.slow
-def test_of_many_days_few_rows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_days_keep_few_rows_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "_MOST_ROWS", 100)
     given = [{**each, "ts_ns": NOON_NS + at % 30 * DAY_NS} for at, each in enumerate(events(FLOWS, 900))]
     given = [{**each, "ts": each["ts_ns"] // 1_000_000} for each in given]

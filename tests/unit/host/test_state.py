@@ -34,7 +34,7 @@ def path(tmp_path):
     return tmp_path / "some" / "state"
 
 
-def test_what_is_published_is_found_while_the_producer_runs(path):
+def test_published_facts_are_found_while_the_producer_runs(path):
     with StateFolder(path) as folder:
         assert running(path) is None
         folder.publish(FACTS)
@@ -45,7 +45,7 @@ def test_what_is_published_is_found_while_the_producer_runs(path):
     assert [file.name for file in path.iterdir()] == ["lock"]
 
 
-def test_what_could_not_be_published_is_published_when_it_can_be(path):
+def test_facts_that_could_not_be_published_are_published_later(path):
     with StateFolder(path) as folder:
         (path / "agent.new").mkdir()  # in the place of the file that is written first
         with pytest.raises(OSError, match="agent"):
@@ -122,7 +122,7 @@ def test_a_file_system_without_locks_is_named_by_a_start_and_by_check(path, monk
     assert [(each.exit_code, "cannot be locked" in each.text) for each in found] == [(69, True)]
 
 
-def test_a_look_at_the_lock_does_not_keep_a_producer_out(path):
+def test_checking_the_lock_does_not_keep_a_producer_out(path):
     """Whoever asks whether a producer runs holds the lock for a moment."""
     with StateFolder(path):
         pass
@@ -233,7 +233,7 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", [be_folder, be_pipe, be_link])
-def test_whatever_is_in_the_place_of_agent_json_is_not_read_and_stops_no_producer(path, what):
+def test_anything_in_place_of_agent_json_is_not_read_and_stops_no_producer(path, what):
     with StateFolder(path):
         what(path / "agent.json")
         assert running(path) is None

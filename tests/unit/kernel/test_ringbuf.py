@@ -240,7 +240,7 @@ def test_whatever_a_ring_holds_reading_ends_at_its_end_and_counts_each_record(da
     kernel.close()
 
 
-def test_what_was_not_committed_is_read_again_by_the_next_reader(kernel: Kernel) -> None:
+def test_uncommitted_rows_are_read_again_by_the_next_reader(kernel: Kernel) -> None:
     for number in range(4):
         kernel.put(number)
     with Ring(kernel.descriptor, PAGE, ROW) as ring:

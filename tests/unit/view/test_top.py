@@ -154,7 +154,7 @@ def test_without_a_selection_the_first_line_is_the_worst_peer(cluster: Cluster, 
     assert after(view).name == "10.2.0.3"
 
 
-def test_a_paused_table_stands_still_and_can_be_sorted(cluster: Cluster, view: Top) -> None:
+def test_a_paused_table_is_frozen_and_can_be_sorted(cluster: Cluster, view: Top) -> None:
     after(view)
     before = after(view, " ", "down")
     several(cluster, {"10.2.0.3": 50})
