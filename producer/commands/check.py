@@ -264,7 +264,7 @@ def _unusable_folders(config: Config) -> Iterator[Finding]:
     spooled = (f"spool/{stream.name}" for stream in STREAMS if spool_bytes(config, stream))
     for name in ("spool", "quarantine", *spooled):
         path = config.state_dir / name
-        if os.path.isdir(path) and (problem := _unusable(path)):  # anything else is renamed at a start
+        if os.path.isdir(path) and (problem := _unusable(path)):  # anything else is renamed at startup
             starts = name == "quarantine" or _is_read_only(path)  # degraded, and stores nothing there
             yield Finding(f"state_dir/{name}", problem, 0 if starts else ConfigError.exit_code, warns=starts)
 

@@ -39,7 +39,7 @@ def test_without_free_descriptors_the_watchdog_is_notified_and_a_stop_delivers(t
 
 @pytest.mark.parametrize("config", ["", "# brokers = 'kafka-1:9092'", "\n[kafka]\n"])
 def test_a_service_whose_file_has_lost_its_brokers_is_degraded(tmp_path: Path, config: str) -> None:
-    """It delivers to the test broker: without a word, nobody would miss the events."""
+    """It delivers to the test broker: without a warning, nobody would miss the events."""
     with Manager(tmp_path) as manager:
         for service in ({}, {"NOTIFY_SOCKET": manager.address}):
             name = "service" if service else "by_hand"
