@@ -13,7 +13,7 @@ from typing import Self
 
 from producer.errors import OutputError
 from producer.host import signals
-from producer.view.screen import Look
+from producer.view.screen import Display
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _CLEAR_LINE, _HIDE_CURSOR = "\x1b[H", "\x1b[K", "\x1b[?25l"
@@ -72,12 +72,12 @@ class Terminal:
         termios.tcsetattr(self._input, termios.TCSANOW, self._settings)
         self._write(_LEAVE)
 
-    def look(self) -> Look:
+    def display(self) -> Display:
         """Return what the screen can show now."""
         size = os.get_terminal_size(self._output)
         # Not the stream's encoding, which Python takes to be UTF-8 with LC_ALL=C, too.
         unicode = locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
-        return Look(size.columns or _USUAL[0], size.lines or _USUAL[1], self._color, unicode)
+        return Display(size.columns or _USUAL[0], size.lines or _USUAL[1], self._color, unicode)
 
     def draw(self, lines: list[str]) -> None:
         """Show as many lines as the screen has; foreign text in them must be printable."""

@@ -144,7 +144,7 @@ def _spools() -> Iterator[Check]:
             if found != 7 or any(count < 0 for count in spool.lost.values()):
                 raise FindingError(f"read {found} events, lost {spool.lost}")
             with contextlib.suppress(RebpfError):
-                spool_show.look(config)
+                spool_show.spooled(config)
                 spool_show.verify(config)
 
         yield check

@@ -281,7 +281,7 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     asked.set()
     in_force.follow(asked)
     (tmp_path / "new").mkdir()
-    in_force._look_at = 0
+    in_force._lookup_at = 0
     wait_until("the rules follow", lambda: in_force.follow_names() or put)
     assert (in_force.busy, in_force.version, len(put)) == (True, 2, 1)
     may_end.set()

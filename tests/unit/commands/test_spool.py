@@ -291,7 +291,7 @@ def test_showing_a_spool_in_use_neither_fails_nor_finds_damage(state):
     try:
         while looks < 200 or (len(seen) < 2 and thread.is_alive()):
             looks += 1
-            found = spool_show.look(config)
+            found = spool_show.spooled(config)
             assert found is not None
             assert 0 <= found[TRANSMIT].events <= 6 * SIZE
             seen.add(found[TRANSMIT].events)

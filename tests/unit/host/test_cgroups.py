@@ -173,7 +173,7 @@ def test_a_cgroup_that_no_descriptor_is_left_to_look_for_is_found_later(tmp_path
     paths = CgroupPaths(tmp_path, clock := Clock(), cpu_clock=clock)
     with without_descriptors():
         assert paths.path(number) is None
-        paths.look()
+        paths.look_up()
     assert paths.path(number) == "/a.service"
 
 
@@ -216,7 +216,7 @@ def test_cgroups_that_come_and_go_do_not_stop_a_lookup(tmp_path: Path) -> None:
         number += 1
         clock.now_s += 1
     for _ in range(1000):
-        paths.look()
+        paths.look_up()
         clock.now_s += 1
     assert paths.path(wanted) == "/run49/a"
 
@@ -250,7 +250,7 @@ def test_a_lookup_in_one_large_folder_is_as_short_as_in_many_folders(tmp_path: P
     found = []
     while paths.found < 1000:
         now[0] += 10
-        paths.look()
+        paths.look_up()
         found.append(paths.found)
     assert max(after - before for before, after in itertools.pairwise([0, *found])) <= 2 * 256
     assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(1000)]
@@ -263,5 +263,5 @@ def test_one_walk_finds_all_ids_that_are_asked_for_together(tmp_path: Path) -> N
         ids.append((tmp_path / f"{number}").stat().st_ino)
     ticks = itertools.count()
     paths = CgroupPaths(tmp_path, lambda: next(ticks) / 10_000)
-    paths.look(ids)
+    paths.look_up(ids)
     assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(10)]
