@@ -1,4 +1,4 @@
-"""Signs of life for others, and the log lines on losses and on what is degraded."""
+"""Shows others that the loop runs, and logs losses and the reasons for being degraded."""
 
 import dataclasses
 import logging

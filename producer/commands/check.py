@@ -270,7 +270,7 @@ def _unusable_folders(config: Config) -> Iterator[Finding]:
 
 
 def _unsafe(path: Path) -> str:
-    """Return why root must not write to the folder, or why its lock cannot be opened; empty if neither is so."""
+    """Return why root must not write to the folder, or why its lock cannot be opened; empty if neither applies."""
     try:
         check_owners(path)
         check_lock(path)

@@ -19,7 +19,7 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _CLEAR_LINE, _HIDE_CURSOR = "\x1b[H", "\x1b[K", "\x1b[?25l"
 _READ_BYTES = 1024
 _USUAL = 80, 24
-"""Columns and lines of a terminal that does not say, such as a serial console."""
+"""Columns and lines of a terminal that does not report its size, such as a serial console."""
 _ESCAPES = {
     "\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down", "\x1b[5~": "page up", "\x1b[6~": "page down",
     "\x1b[H": "home", "\x1bOH": "home", "\x1b[1~": "home",
