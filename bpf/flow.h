@@ -6,8 +6,7 @@
  * (process.h): whose it is, when it began, and its retransmissions by cause.
  *
  * The kernel skips a run of a tracepoint's program that would interrupt itself on its CPU: measured, 6 of 4,727. So
- * each program is attached twice, and what it does to a socket, it does once: the second run finds that the first one was
- * there.
+ * each program is attached twice, and acts on a socket once: the second run finds what the first one has done.
  */
 #ifndef REBPF_FLOW_H
 #define REBPF_FLOW_H

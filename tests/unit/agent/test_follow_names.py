@@ -1,4 +1,4 @@
-"""What rules name is followed without a reload: looked for in a thread, and again if that fails."""
+"""The names in rules are followed without a reload: looked up in a thread, and again if that fails."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""A segment: batches come back as they went in, any Avro reader reads it, and damage costs no more than it touches."""
+"""A spool file: batches are read back as written, any Avro reader reads it, and damage costs no more than it touches."""
 
 import io
 import os
