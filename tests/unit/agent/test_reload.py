@@ -244,7 +244,7 @@ def test_a_file_that_takes_long_does_not_block_the_loop() -> None:
 
 
 def test_a_file_whose_disk_hangs_does_not_block_the_loop_and_health_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at a file of NFS or FUSE may hang for ever; here, after the start."""
+    """A look at a file of NFS or FUSE may hang forever; here, after the start."""
     may_end, threads = threading.Event(), [threading.get_ident()]
     watching = Config().with_values(reload_when_changed=True)
 

@@ -58,7 +58,7 @@ def running(cluster: Cluster, settings: Mapping[str, str]) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_group_of_another_program_is_named(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    """librdkafka tries to join for ever, so this member would silently be a standby."""
+    """librdkafka tries to join forever, so this member would silently be a standby."""
     cluster.answer_with(JOIN_GROUP, *[KafkaError.INCONSISTENT_GROUP_PROTOCOL] * 100)
     named = r"group rebpf-alert: .* error=INCONSISTENT_GROUP_PROTOCOL \(another program has this group"
     with running(cluster, {}):

@@ -117,7 +117,7 @@ def test_a_header_without_end_is_refused() -> None:
 
 
 class _Endless(io.RawIOBase):
-    """A file that begins with `start` and goes on for ever."""
+    """A file that begins with `start` and goes on forever."""
 
     def __init__(self, start: bytes, then: Any) -> None:
         self._start, self._then = io.BytesIO(start), then

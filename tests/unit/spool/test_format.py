@@ -1,4 +1,4 @@
-"""A spool file: batches are read back as written, any Avro reader reads it, and damage costs no more than it touches."""
+"""A spool file: batches are read back as written, any Avro reader reads it, and damage costs only what it touches."""
 
 import io
 import os
