@@ -52,6 +52,18 @@ def test_json_says_the_same(tmp_path):
     assert [line.startswith("WARNING") for line in found.values()] == [each["warning"] for each in findings]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ports = [443]", "none: only capture.addresses and capture.ports are captured"),
+        ('default = "drop"', "none: by capture.default, no segments are captured"),
+    ],
+)
+def test_without_rules_it_says_what_is_captured(tmp_path, text, expected):
+    _, found = check(tmp_path, config=f"[capture]\n{text}\n")
+    assert found["rules"] == f"ok      rules: {expected}"
+
+
 @root
 def test_a_host_that_has_everything(tmp_path):
     code, found = check(tmp_path)
