@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 ASIDE = ".damaged"
 _MOST_ASIDE = 4
@@ -47,9 +48,20 @@ def open_regular(path: Path) -> int:
 def read(path: Path, most_bytes: int) -> bytes:
     """Return a file's content. Raises OSError, also if it has more than `most_bytes`."""
     with open(open_regular(path), "rb") as file:
-        content = file.read(most_bytes + 1)
+        content = at_most(file, most_bytes + 1)
     if len(content) > most_bytes:
         raise NotAFileError(errno.EFBIG, f"more than {most_bytes} bytes", str(path))
+    return content
+
+
+def at_most(file: BinaryIO, most_bytes: int) -> bytes:
+    """Return the first bytes of a file that was opened with O_NONBLOCK. Raises OSError.
+
+    Some of the kernel's files say that they are regular, but have nothing to read for now, such as /proc/kmsg.
+    """
+    content: bytes | None = file.read(most_bytes)
+    if content is None:
+        raise NotAFileError(errno.EINVAL, "expected a regular file")
     return content
 
 

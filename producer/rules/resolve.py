@@ -22,6 +22,7 @@ from typing import TypeVar
 from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
 from producer.host.exhausted import exhausted
+from producer.host.state_file import at_most
 from producer.rules.tables import (
     MOST_CGROUP_LEVELS,
     MOST_PREFIXES,
@@ -200,7 +201,7 @@ def _read(path: Path) -> str:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file: expected a list with one address or network per line")
-        content = file.read(_MOST_LIST_BYTES + 1)
+        content = at_most(file, _MOST_LIST_BYTES + 1)
     if len(content) > _MOST_LIST_BYTES:
         raise ValueError(
             f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: at most {MOST_PREFIXES:,} networks in all rules"

@@ -319,3 +319,13 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path, make: Cal
     with pytest.raises(OSError, match=r".*") as caught:
         state_file.read(tmp_path / "file", 100)
     assert caught.value.errno in (errno.EINVAL, errno.EFBIG)
+
+
+def test_a_file_with_nothing_to_read_for_now_is_an_error():
+    """Such as /proc/kmsg, to which a link in conf.d may point."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        with open(reader, "rb") as file, pytest.raises(OSError, match="expected a regular file"):
+            state_file.at_most(file, 1)
+    finally:
+        os.close(writer)
