@@ -66,9 +66,14 @@ def at_most(file: BinaryIO, most_bytes: int) -> bytes:
 
 
 def create(path: Path) -> int:
-    """Create a file for appending, mode 0600, and replace an older file, pipe or link. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """Create a file for appending, mode 0600, and replace an older file, pipe or link. Raises OSError.
+
+    A folder is set aside.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        set_aside(path)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
