@@ -250,9 +250,9 @@ def test_a_mistake_in_the_file_is_named_with_its_line_and_the_nearest_key(tmp_pa
             '"compression.codec"',
         ),
         (
-            '[[rules]]\nport = [1]\n[[rules]]\nname = "web"\nuid = ["nobody-of-this-name"]',
+            '[[rules]]\nport = [1]\n[[rules]]\nname = "web"\naddress = ["@/no/such/file"]',
             "rules",
-            "line 4: rule 2 web: no user has the name 'nobody-of-this-name'",
+            "line 4: rule 2 web: /no/such/file: No such file or directory",
         ),
     ],
 )
