@@ -152,7 +152,9 @@ def test_a_reload_applies_what_it_can_and_names_what_needs_a_restart() -> None:
 
 
 def test_a_refused_reload_changes_no_setting() -> None:
-    wrong = Config(rules=(RuleConfig(address=("@/no/such/file",)),)).with_values(capture__latency_s=0.5, log_level="error")
+    wrong = Config(rules=(RuleConfig(address=("@/no/such/file",)),)).with_values(
+        capture__latency_s=0.5, log_level="error"
+    )
     in_force = rules(Clock(), lambda: wrong)
     reload(in_force)
     assert "/no/such/file" in in_force.refusal
