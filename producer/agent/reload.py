@@ -19,6 +19,7 @@ from producer.host.signals import Flag
 from producer.kernel.rule_maps import RuleMaps
 from producer.rules.resolve import Ruleset, follow, names_change, resolve
 from producer.rules.tables import Tables
+from producer.rules.users import Users
 from producer.spool.disk import PASSING
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class InForce:
         self._lookup_pace = Pace()
         self._lookup: threading.Thread | None = None
         """Looks up what the rules name."""
+        self._users = Users()
         self._found: _Found | None = None
         """Its result, if anything has changed."""
         self._lookup_error: Exception | None = None
@@ -265,7 +267,7 @@ class InForce:
 
     def _find(self, before: Ruleset, config: Config) -> None:
         try:
-            ruleset = follow(before, config, self._root)
+            ruleset = follow(before, config, self._root, self._users)
             if ruleset != before:
                 self._found = _Found(before, ruleset, ruleset.tables())
             self._lookup_error = None
@@ -277,5 +279,5 @@ class InForce:
         for text in self._ruleset.absent[:_MOST_ABSENT]:
             logger.warning("rules: %s", text)
         self.digest = effective.digest(config)
-        self._by_name, self._lookup_error = names_change(config), None
+        self._by_name, self._lookup_error = names_change(config) or bool(self._ruleset.absent), None
         set_log_level(config.log_level)

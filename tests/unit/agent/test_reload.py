@@ -152,22 +152,24 @@ def test_a_reload_applies_what_it_can_and_names_what_needs_a_restart() -> None:
 
 
 def test_a_refused_reload_changes_no_setting() -> None:
-    wrong = Config(rules=(RuleConfig(uid=("no such user",)),)).with_values(capture__latency_s=0.5, log_level="error")
+    wrong = Config(rules=(RuleConfig(address=("@/no/such/file",)),)).with_values(
+        capture__latency_s=0.5, log_level="error"
+    )
     in_force = rules(Clock(), lambda: wrong)
     reload(in_force)
-    assert "no such user" in in_force.refusal
+    assert "/no/such/file" in in_force.refusal
     assert in_force.config == Config()
     assert logging.getLogger("producer").level == logging.INFO
 
 
 def test_a_rule_that_does_not_fit_the_host_is_refused_with_its_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "rebpf.toml"
-    path.write_text('\n[[rules]]\nuid = ["no such user"]\n')
+    path.write_text('\n[[rules]]\naddress = ["@/no/such/file"]\n')
     hooks: Any = Hooks()
     reader = ConfigReader(lambda: load(path), located=lambda: located(path))
     in_force = InForce(hooks, Config(), resolve(Config(), None), reader, None)
     reload(in_force)
-    assert in_force.refusal.startswith(f"{path}: line 2: rule 1: no user has the name 'no such user'")
+    assert in_force.refusal.startswith(f"{path}: line 2: rule 1: /no/such/file: No such file")
 
 
 def test_the_reason_of_a_refusal_is_a_bounded_printable_line() -> None:

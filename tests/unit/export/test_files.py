@@ -1,7 +1,9 @@
 """Export and `rebpf.read`: every source gives the same events, and files appear complete or not at all."""
 
+import gc
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,21 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path, form: str) -
         with pytest.raises(UnavailableError, match=r"cannot write to .*disk: No space left on device"):
             export(source, disk, form, Period(), ALL)
         assert [each.name for each in disk.rglob("*") if each.is_file()] == ["filler"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_a_disk_that_is_full_when_files_are_finished_leaves_none(tmp_path: Path, form: str) -> None:
+    streams = {stream: tmp_path / f"{stream.name}.avro" for stream in (FLOWS, RETRANSMITS)}
+    source = Files([write_container(path, stream, events(stream, 5)) for stream, path in streams.items()])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(UnavailableError, match=r"cannot write to .*out: File too large"):
+            export(source, tmp_path / "out", form, Period(), ALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    gc.collect()
+    assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file()]
 
 
 def test_a_signal_just_after_a_file_was_created_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,11 +48,14 @@ def test_published_facts_are_found_while_the_producer_runs(path):
 
 def test_facts_that_could_not_be_published_are_published_later(path):
     with StateFolder(path) as folder:
-        (path / "agent.new").mkdir()  # in the place of the file that is written first
-        with pytest.raises(OSError, match="agent"):
-            folder.publish_if_new(FACTS)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                folder.publish_if_new(FACTS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert running(path) is None
-        (path / "agent.new").rmdir()
         folder.publish_if_new(FACTS)
         assert running(path) == {"pid": os.getpid(), **FACTS}
 
