@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from producer.export.sources import Files
 from producer.view.file import RecordFile
 from producer.view.records import Records
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
-from tests.support.disks import fill, small_disk
+from tests.support.disks import files_of_at_most, fill, small_disk
 from tests.support.hostile_files import HOSTILE
 
 ALL = frozenset({TRANSMITS, RETRANSMITS, FLOWS})
@@ -233,13 +232,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path, form: str) -
 def test_a_disk_that_is_full_when_files_are_finished_leaves_none(tmp_path: Path, form: str) -> None:
     streams = {stream: tmp_path / f"{stream.name}.avro" for stream in (FLOWS, RETRANSMITS)}
     source = Files([write_container(path, stream, events(stream, 5)) for stream, path in streams.items()])
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-    try:
-        with pytest.raises(UnavailableError, match=r"cannot write to .*out: File too large"):
-            export(source, tmp_path / "out", form, Period(), ALL)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with files_of_at_most(100), pytest.raises(UnavailableError, match=r"cannot write to .*out: File too large"):
+        export(source, tmp_path / "out", form, Period(), ALL)
     gc.collect()
     assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file()]
 

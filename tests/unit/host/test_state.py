@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from producer.commands.check import examine
 from producer.config.load import Config
 from producer.errors import BusyError, ConfigError, UnavailableError
 from producer.host.state import StateFolder, running
+from tests.support.disks import files_of_at_most
 
 FACTS = {"brokers": "127.0.0.1:9092", "registry": None}
 HOLD = """
@@ -48,13 +48,8 @@ def test_published_facts_are_found_while_the_producer_runs(path):
 
 def test_facts_that_could_not_be_published_are_published_later(path):
     with StateFolder(path) as folder:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
-        try:
-            with pytest.raises(OSError, match="too large"):
-                folder.publish_if_new(FACTS)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        with files_of_at_most(0), pytest.raises(OSError, match="too large"):
+            folder.publish_if_new(FACTS)
         assert running(path) is None
         folder.publish_if_new(FACTS)
         assert running(path) == {"pid": os.getpid(), **FACTS}
