@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from producer.kernel.sequence import EventNumbers, _crc32
@@ -153,6 +153,7 @@ def test_numbers_fit_a_signed_long_after_34_years(tmp_path):
         max_size=12,
     )
 )
+@example([("stop", False, 1, 1000, True), ("stop", False, 1, 1000, False), ("stop", True, 100_000, 1 << 20, True)])
 def test_no_number_is_given_twice(tmp_path_factory, runs):
     """Runs with or without a disk, at up to 2^20 numbers per second, that end in any way."""
     folder = tmp_path_factory.mktemp("numbers")
