@@ -6,8 +6,7 @@
  * (process.h): whose it is, when it began, and its retransmissions by cause.
  *
  * The kernel skips a run of a tracepoint's program that would interrupt itself on its CPU: measured, 6 of 4,727. So
- * each program is attached twice, and what it does to a socket, it does once: the second run finds that the first one was
- * there.
+ * each program is attached twice, and acts on a socket once: the second run finds what the first one has done.
  */
 #ifndef REBPF_FLOW_H
 #define REBPF_FLOW_H
@@ -230,11 +229,13 @@ static __always_inline void fill_gauges(struct flow_event *e, const struct tcp_s
 
 /*
  * Only at a close: a live connection's is a report that the process has not read yet. A connect that found no free port is
- * over before it has one, and its error is only returned to the process.
+ * over before it has one, and its error is only returned to the process. Until a SYN is sent, the socket has the error of
+ * its earlier connection.
  */
 static __always_inline void fill_error(struct flow_event *e, const struct tcp_sock *tp)
 {
-	e->error = READ_IF(sock, (const struct sock *)tp, sk_err);
+	if (e->state != TCP_SYN_SENT || e->segs_out || !HAS_COUNTERS)
+		e->error = READ_IF(sock, (const struct sock *)tp, sk_err);
 	if (!e->error && e->state == TCP_SYN_SENT && !e->flow.sport)
 		e->error = EADDRNOTAVAIL;
 	if (e->error)
@@ -323,7 +324,8 @@ static __always_inline int take_flow(struct tcp_sock *tp, struct flow_state *sta
 
 /*
  * Whether a socket in this state is a connection. A socket that was created for an acknowledgement and given up before it
- * was established is none, except with TCP Fast Open, where it may have carried data.
+ * was established is none, except with TCP Fast Open, where it may have carried data. A reset has removed the request of
+ * such a connection before it closes.
  */
 static __always_inline bool is_connection(const struct tcp_sock *tp, const struct flow_state *state, u32 tcp_state)
 {
@@ -331,7 +333,7 @@ static __always_inline bool is_connection(const struct tcp_sock *tp, const struc
 		return false;
 	if (tcp_state != TCP_SYN_RECV || (state && state->role == ROLE_CLIENT))
 		return true;
-	return fast_open_request(tp) != NULL;
+	return fast_open_request(tp) || READ_IF(tcp_sock, tp, bytes_received);
 }
 
 /* Without memory for a state, only the first of both programs takes the record. */

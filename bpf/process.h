@@ -99,7 +99,7 @@ BPF_TABLE("lru_hash", u64, struct process, processes, 65536);
 #endif
 
 /*
- * Whether it is a further subflow of a process' Multipath TCP, which the kernel connects: in a worker, or in the process
+ * Whether it is a further subflow of a process's Multipath TCP, which the kernel connects: in a worker, or in the process
  * that adds an endpoint (ip mptcp, mptcpd).
  */
 static __always_inline bool is_further_subflow(const struct tcp_sock *tp)

@@ -19,7 +19,7 @@
 /*
  * Whether a submit wakes the agent. An interrupt per event would cost the traced context more than the event itself, and
  * would cause more of the runs that the kernel skips because a program would interrupt itself. So the agent reads on a
- * timer, and each CPU wakes it now and then, by the number of the event, to look how full the ring is. A retransmit also
+ * timer, and each CPU wakes it now and then, by the number of the event, to check how full the ring is. A retransmit also
  * wakes it when all before it was committed: that is what WAKEUP_IF_EMPTY means.
  */
 #define WAKEUP_IF_EMPTY 0
@@ -318,7 +318,7 @@ static __always_inline bool is_loss_probe(u64 sk)
 
 /*
  * Proves that the probes see every retransmission, however the kernel was compiled: the tracepoint inside the innermost
- * function cannot be passed by. It inserts the socket, and the probe of the return deletes it. If it is still there at
+ * function cannot be bypassed. It inserts the socket, and the probe of the return deletes it. If it is still there at
  * the socket's next retransmission, the last one was not seen.
  */
 BPF_TABLE("lru_hash", u64, u8, retransmitting, 1024);

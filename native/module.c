@@ -1,6 +1,8 @@
 /* producer._native: the hot loops in C. producer/_native.pyi documents it. */
 #include "binding.h"
 
+#include <string.h>
+
 bool open_buffer(PyObject *object, Py_buffer *view, int flags, size_t item_size, const char *name)
 {
 	if (PyObject_GetBuffer(object, view, flags) < 0)
@@ -56,18 +58,20 @@ static PyObject *finished(PyObject *Py_UNUSED(module), PyObject *arguments)
 	if (!PyArg_ParseTuple(arguments, "OnnIn", &object, &offset, &stride, &size, &count) ||
 	    PyObject_GetBuffer(object, &data, PyBUF_SIMPLE) < 0)
 		return NULL;
-	Py_ssize_t room = data.len - (Py_ssize_t)sizeof(uint32_t) - offset;
+	Py_ssize_t last = data.len - (Py_ssize_t)sizeof(uint32_t);
 	Py_ssize_t number = 0;
-	if (offset < 0 || offset % 8 || stride <= 0 || stride % 8 || count < 0 || room < 0 ||
-	    (count && count - 1 > room / stride)) {
+	if (offset < 0 || stride <= 0 || count < 0 ||
+	    (count && (offset > last || count - 1 > (last - offset) / stride))) {
 		PyErr_SetString(PyExc_ValueError, "records are outside the data");
 		number = -1;
 	} else {
-		const char *record = (const char *)data.buf + offset;
-		while (number < count && __atomic_load_n((const uint32_t *)record, __ATOMIC_ACQUIRE) == size) {
-			record += stride;
-			number++;
+		for (const char *record = (const char *)data.buf + offset; number < count; number++, record += stride) {
+			uint32_t length;
+			memcpy(&length, record, sizeof(length)); /* a damaged ring's records may lie at odd addresses */
+			if (length != size)
+				break;
 		}
+		__atomic_thread_fence(__ATOMIC_ACQ_REL);
 	}
 	PyBuffer_Release(&data);
 	return number < 0 ? NULL : PyLong_FromSsize_t(number);

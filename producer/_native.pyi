@@ -113,8 +113,8 @@ MAX_IDS: int
 def finished(data: _Array, offset: int, stride: int, size: int, count: int, /) -> int:
     """Return how many of `count` records of a ring have `size` in their first 32 bits, up to the first that has not.
 
-    They begin at `offset` of `data` and are `stride` bytes apart, both multiples of 8. What is read of them afterwards
-    is as it was when they were submitted. Raises ValueError if one of them begins outside `data`.
+    They begin at `offset` of `data` and are `stride` bytes apart. What is read of them afterwards is as it was when
+    they were submitted. Raises ValueError if one of them begins outside `data`.
     """
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
 """The producer: builds its parts from the configuration, runs the loop, reloads, and reports.
 
-The only package that knows all others. Only the command line imports it.
+The only package that imports all the others. Only the command line imports it.
 """

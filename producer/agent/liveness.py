@@ -1,4 +1,4 @@
-"""Signs of life for others, and the log lines on losses and on what is degraded."""
+"""Shows others that the loop runs, and logs losses and the reasons for being degraded."""
 
 import dataclasses
 import logging
@@ -32,6 +32,7 @@ class Liveness:
         self._status = status
         self._heartbeat_at = 0.0
         self._watchdog = systemd.Watchdog()
+        self._log_limit = LogLimit(systemd.REPEAT_LOG_S)
 
     def note(self) -> None:
         """Note a step of the loop. This cannot fail, so that no defect of the status looks like a loop that hangs."""
@@ -54,7 +55,7 @@ class Liveness:
 
     def _publish(self, status: Status) -> Status:
         self._board.publish(status)
-        systemd.try_notify("", summary(status))
+        systemd.try_notify("", summary(status), limit=self._log_limit)
         return status
 
     def _send(self, status: Status) -> None:

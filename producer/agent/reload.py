@@ -1,4 +1,4 @@
-"""The settings in force. A reload changes some of them, and what rules name changes these when it comes and goes."""
+"""The settings in force: a reload changes some of them, and the rules follow what they name, such as cgroups."""
 
 import logging
 import threading
@@ -19,11 +19,12 @@ from producer.host.signals import Flag
 from producer.kernel.rule_maps import RuleMaps
 from producer.rules.resolve import Ruleset, follow, names_change, resolve
 from producer.rules.tables import Tables
+from producer.rules.users import Users
 from producer.spool.disk import PASSING
 
 logger = logging.getLogger(__name__)
 
-_LOOK_INTERVAL_S = 2.0
+_INTERVAL_S = 2.0
 _STEP_S = 0.05
 _LONG_S = 30.0
 _MOST_ABSENT = 8
@@ -97,14 +98,15 @@ class InForce:
         self._ruleset = ruleset
         self._reader = reader
         self._root = root
-        self._look_at = time.monotonic() + _LOOK_INTERVAL_S
-        self._look_pace = Pace()
-        self._looking: threading.Thread | None = None
-        """Looks for what the rules name."""
+        self._lookup_at = time.monotonic() + _INTERVAL_S
+        self._lookup_pace = Pace()
+        self._lookup: threading.Thread | None = None
+        """Looks up what the rules name."""
+        self._users = Users()
         self._found: _Found | None = None
         """Its result, if anything has changed."""
-        self._look_error: Exception | None = None
-        """Why the last look failed."""
+        self._lookup_error: Exception | None = None
+        """Why the last lookup failed."""
         self._files_at = 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = rules.version
@@ -127,8 +129,8 @@ class InForce:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread prepares a reload or looks for names, or its result is not in force yet."""
-        return self._thread is not None or self._prepared is not None or self._looking is not None
+        """Whether a thread prepares a reload or looks up names, or its result is not in force yet."""
+        return self._thread is not None or self._prepared is not None or self._lookup is not None
 
     @property
     def reasons(self) -> list[str]:
@@ -140,7 +142,7 @@ class InForce:
     def follow(self, asked: Flag) -> None:
         """Reload if `asked` is set, and clear it, or if files have changed. The pace limits how often.
 
-        Files and rules may be large, and their disk may hang, so a thread looks at them, reads and compiles them. Later
+        Files and rules may be large, and their disk may hang, so a thread checks, reads and compiles them. Later
         calls put them in force, each for a short time.
         """
         if self._thread and not self._thread.is_alive():
@@ -161,7 +163,7 @@ class InForce:
                 asked.set()
                 raise
         elif self.config.reload_when_changed and time.monotonic() >= self._files_at:
-            self._files_at = time.monotonic() + _LOOK_INTERVAL_S
+            self._files_at = time.monotonic() + _INTERVAL_S
             self._start(self._prepare_if_changed)
 
     def _start(self, work: Callable[[], None]) -> None:
@@ -235,47 +237,47 @@ class InForce:
     def _done(self, refusal: str) -> None:
         self.reloads, self.began_ns, self.refusal = self.reloads + 1, self._started_ns, refusal
 
-    def look(self) -> None:
-        """Every 2 s, look for what the rules name and has appeared or been replaced.
+    def follow_names(self) -> None:
+        """Every 2 s, look up what the rules name: it may have appeared, or been replaced.
 
-        There may be many rules and cgroups, so a thread looks, and compiles the rules. A later call puts them in force.
+        There may be many rules and cgroups, so a thread does it. A later call puts the rules in force.
         """
-        if not self._prepared and not (self._looking and self._looking.is_alive()):
-            self._look_on()
-        if self._look_error:  # again and again, until a look succeeds
-            raise self._look_error
+        if not self._prepared and not (self._lookup and self._lookup.is_alive()):
+            self._next_lookup()
+        if self._lookup_error:  # at each call, until a lookup succeeds
+            raise self._lookup_error
 
-    def _look_on(self) -> None:
-        """Put what was found in force, and start the next look if it is due."""
-        found, self._looking, self._found = self._found, None, None
+    def _next_lookup(self) -> None:
+        """Put what was found in force, and start the next lookup if it is due."""
+        found, self._lookup, self._found = self._found, None, None
         if found and found.before is self._ruleset:  # otherwise, a reload came between
             self.version = self._rules.put(found.tables)
             self._ruleset = found.ruleset
             logger.info("rules updated: what they name has changed version=%d", self.version)
-        if self._by_name and time.monotonic() >= self._look_at and self._look_pace.is_due():
-            self._look_at = time.monotonic() + _LOOK_INTERVAL_S
-            look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
-            thread = threading.Thread(target=look, name="names", daemon=True)
+        if self._by_name and time.monotonic() >= self._lookup_at and self._lookup_pace.is_due():
+            self._lookup_at = time.monotonic() + _INTERVAL_S
+            find = partial(self._lookup_pace.run, partial(self._find, self._ruleset, self.config))
+            thread = threading.Thread(target=find, name="names", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads for now
-                self._look_error = error
+                self._lookup_error = error
             else:
-                self._looking = thread
+                self._lookup = thread
 
     def _find(self, before: Ruleset, config: Config) -> None:
         try:
-            ruleset = follow(before, config, self._root)
+            ruleset = follow(before, config, self._root, self._users)
             if ruleset != before:
                 self._found = _Found(before, ruleset, ruleset.tables())
-            self._look_error = None
+            self._lookup_error = None
         except Exception as error:
-            self._look_error = error
+            self._lookup_error = error
 
     def _set(self, config: Config) -> None:
         self.config = config
         for text in self._ruleset.absent[:_MOST_ABSENT]:
             logger.warning("rules: %s", text)
         self.digest = effective.digest(config)
-        self._by_name, self._look_error = names_change(config), None
+        self._by_name, self._lookup_error = names_change(config) or bool(self._ruleset.absent), None
         set_log_level(config.log_level)

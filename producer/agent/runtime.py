@@ -171,7 +171,7 @@ class Runtime:
     def _housekeeping(self, reload: Flag) -> None:
         """Reload if asked to, follow what rules name, and publish what changed."""
         self.supervisor.attempt("reload", lambda: self.in_force.follow(reload), None)
-        self.supervisor.attempt("names", self.in_force.look, None)
+        self.supervisor.attempt("names", self.in_force.follow_names, None)
         self.supervisor.attempt("hooks", self.capture.check, None)
         self.supervisor.attempt("publish", lambda: self.folder.publish_if_new(self._facts()), None)
 

@@ -23,9 +23,9 @@ from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.recovery import drain, resume
 from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import load_schema
-from producer.spool.configured import ledger_path, new_spool, spool_bytes, spool_folder
 from producer.spool.disk import PASSING, UNRELATED
 from producer.spool.files import SPOOL_SUFFIX, files
+from producer.spool.from_config import ledger_path, new_spool, spool_bytes, spool_folder
 from producer.spool.quarantine import Quarantine
 from producer.spool.spool import Spool
 

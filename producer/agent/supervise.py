@@ -1,4 +1,4 @@
-"""Supervises the loop's steps: one that fails is counted, logged and retried, and the others continue.
+"""Supervises the loop's steps: a step that fails is counted, logged and retried, and the others continue.
 
 Each step is timed, and slow ones are logged.
 """

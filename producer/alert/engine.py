@@ -161,7 +161,7 @@ class Engine:
             self._open_ns = open_ns
             self._fleet.forget(open_ns)
             self._ids.forget(open_ns)
-        changes = sorted(changes, key=lambda alert: alert.window_start_ns) + self.hosts.look(beats_read_ns)
+        changes = sorted(changes, key=lambda alert: alert.window_start_ns) + self.hosts.changes(beats_read_ns)
         self.counts.alerts += len(changes)
         return changes
 

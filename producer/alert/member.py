@@ -132,7 +132,7 @@ class Member:
             except _Revoked:
                 logger.info("another member became active: it sends the pending alerts")
             except StalledError as stalled:
-                logger.warning("alert: reading again with a new client, since the old one stands still at %s", stalled)
+                logger.warning("alert: reading again with a new client, since the old one is stuck at %s", stalled)
                 self._stand_by()
         self._publish()
 

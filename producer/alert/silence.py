@@ -83,7 +83,7 @@ class Hosts:
         else:
             self._live[host] = _Heard(offset, sent_ns, now_ns + round(timeout_s * _SECOND_NS), timeout_s)
 
-    def look(self, read_to_ns: int) -> list[Alert]:
+    def changes(self, read_to_ns: int) -> list[Alert]:
         """Return the changes; `read_to_ns` is the time up to which all heartbeats have been read, or 0.
 
         A lagging reader must not take its own delay for silence.

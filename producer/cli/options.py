@@ -89,7 +89,7 @@ class Time(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the time."""
-        from producer.host.when import parse_time
+        from producer.host.times import parse_time
 
         try:
             return parse_time(value, _NOW_NS)

@@ -40,7 +40,7 @@ def spool_show(config: Path | None, state_dir: Path | None, as_json: bool) -> No
     from producer.commands import spool_show
 
     settings = load(config, secrets=False, state_dir=state_dir)
-    found = spool_show.look(settings)
+    found = spool_show.spooled(settings)
     if as_json:
         echo(to_json({topic: asdict(each) for topic, each in (found or {}).items()}))
     elif found is None:

@@ -27,11 +27,12 @@ from producer.kernel.features import Features
 from producer.kernel.hooks import HOOKS_BY_STREAM, NO_ITERATORS, Kernel, choose, fitted, refusal
 from producer.kernel.loader import check_descriptor_limit, python_with_bcc
 from producer.kernel.loader_child import NO_RING_BUFFER
-from producer.kernel.pinned import unusable
+from producer.kernel.pinned import in_use, unusable
+from producer.kernel.pinned import is_locked as is_locked_pins
 from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
-from producer.spool.configured import ledger_path, spool_bytes, spool_folder
 from producer.spool.files import SPOOL_SUFFIX, files
+from producer.spool.from_config import ledger_path, spool_bytes, spool_folder
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
@@ -247,7 +248,7 @@ def _folders(config: Config) -> Iterator[Finding]:
         yield from unusable_folders or _unreadable(config)
         yield _space(config)
     if config.capture.pin is not None:
-        yield _pins(config.capture.pin)
+        yield _pins(config, config.capture.pin)
 
 
 def _lockable(path: Path) -> Finding:
@@ -264,13 +265,13 @@ def _unusable_folders(config: Config) -> Iterator[Finding]:
     spooled = (f"spool/{stream.name}" for stream in STREAMS if spool_bytes(config, stream))
     for name in ("spool", "quarantine", *spooled):
         path = config.state_dir / name
-        if os.path.isdir(path) and (problem := _unusable(path)):  # anything else is renamed at a start
+        if os.path.isdir(path) and (problem := _unusable(path)):  # anything else is renamed at startup
             starts = name == "quarantine" or _is_read_only(path)  # degraded, and stores nothing there
             yield Finding(f"state_dir/{name}", problem, 0 if starts else ConfigError.exit_code, warns=starts)
 
 
 def _unsafe(path: Path) -> str:
-    """Return why root must not write to the folder, or why its lock cannot be opened; empty if neither is so."""
+    """Return why root must not write to the folder, or why its lock cannot be opened; empty if neither applies."""
     try:
         check_owners(path)
         check_lock(path)
@@ -350,7 +351,7 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _pins(path: Path) -> Finding:
+def _pins(config: Config, path: Path) -> Finding:
     existing = _nearest(path)
     if not bpf_syscall.is_bpffs(existing):
         text = f"{path} is not in a bpffs: mount -t bpf bpf /sys/fs/bpf"
@@ -360,6 +361,8 @@ def _pins(path: Path) -> Finding:
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         text = f"{path} is not writable for user {os.geteuid()}: install -d -m 0700 -o {os.geteuid()} {path}"
         return Finding("capture.pin", text, ConfigError.exit_code)
+    if existing == path and not _is_running(config) and is_locked_pins(path):
+        return Finding("capture.pin", in_use(path), BusyError.exit_code)
     return Finding("capture.pin", f"{path} is writable")
 
 

@@ -75,8 +75,13 @@ def _read_web_config(config: Config) -> str:
 
 
 def _compile_rules(config: Config) -> str:
-    resolve(config, cgroup2_root()).tables()
-    return f"{len(config.rules)}" if config.rules else "none: all segments are captured"
+    ruleset = resolve(config, cgroup2_root())
+    ruleset.tables()
+    if config.rules:
+        return f"{len(config.rules)}"
+    if ruleset.rules:
+        return "none: only capture.addresses and capture.ports are captured"
+    return f"none: {'all' if ruleset.default.transmit else 'by capture.default, no'} segments are captured"
 
 
 def _absent_names(config: Config) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from producer.export.dataset import Dataset
 from producer.export.events import PartFilter, record_batches
 from producer.export.sources import Files, Topics, undecodable
 from producer.host.progress import Progress
-from producer.host.when import compact
+from producer.host.times import compact
 
 
 def export(

@@ -16,7 +16,7 @@ from producer.export.events import PartFilter
 from producer.export.sources import Files, Topics, undecodable
 from producer.host.output_file import check_folder, write_whole
 from producer.host.progress import Progress
-from producer.host.when import iso
+from producer.host.times import iso
 from producer.report.collect import NAMES, collect, collect_segments
 from producer.report.frame import Frame
 from producer.report.page import headline, page

@@ -28,8 +28,8 @@ from producer.pipeline.account import StreamAccount
 from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.recovery import resume_spool
 from producer.pipeline.spool_sender import SpoolSender
-from producer.spool.configured import ledger_path, new_quarantine, new_spool, quarantine_folder
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files
+from producer.spool.from_config import ledger_path, new_quarantine, new_spool, quarantine_folder
 from producer.spool.quarantine import Quarantine
 from producer.spool.spool import Spool
 from producer.topics import topic

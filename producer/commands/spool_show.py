@@ -20,9 +20,9 @@ from producer.host.clock import Moment, now
 from producer.host.state_file import NotAFileError, open_regular
 from producer.host.text import lines
 from producer.pipeline.ledger import Account, Ledger
-from producer.spool.configured import ledger_path, quarantine_folder, spool_folder
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, size_bytes
 from producer.spool.format import DamagedError, Reader, read_header
+from producer.spool.from_config import ledger_path, quarantine_folder, spool_folder
 from producer.spool.spool import HEADER_BYTES
 from producer.topics import topic
 
@@ -132,12 +132,12 @@ def require_state_folder(config: Config) -> None:
         raise UnavailableError(f"no state folder {config.state_dir}")
 
 
-def look(config: Config) -> dict[Topic, Waiting] | None:
+def spooled(config: Config) -> dict[Topic, Waiting] | None:
     """Return the spooled events by topic; None if there is no state folder."""
     with disk_errors():
         if not config.state_dir.is_dir():
             return None
-        return {topic(config, stream): _look(config, stream) for stream in STREAMS}
+        return {topic(config, stream): _waiting(config, stream) for stream in STREAMS}
 
 
 def verify(config: Config) -> dict[str, Verified]:
@@ -172,7 +172,7 @@ def quarantined(config: Config, stream: Stream) -> Counter[str]:
     return counts
 
 
-def _look(config: Config, stream: Stream) -> Waiting:
+def _waiting(config: Config, stream: Stream) -> Waiting:
     folder = spool_folder(config, stream)
     paths, aside = files(folder, SPOOL_SUFFIX), files(folder, ASIDE_SUFFIX)
     # The names say how many events each file holds, except the last: a producer that crashed may have written more.

@@ -126,7 +126,7 @@ class Chosen:
         """Return the chosen events of a batch."""
         if self.matches is None and self.period == ALWAYS:
             return batch
-        # Those with the same fields are looked at together.
+        # Records with the same fields are checked together.
         alike: dict[tuple[Any, ...], list[int]] = {}
         for at, event in enumerate(batch):
             alike.setdefault((stream_of(event.record) or TRANSMITS, *event.record), []).append(at)

@@ -17,7 +17,7 @@ from producer.view.flows import HISTORY_S, Flows
 from producer.view.kernel_count import KernelCount
 from producer.view.keys import Choice
 from producer.view.records import Records
-from producer.view.screen import Frame, Look, render
+from producer.view.screen import Display, Frame, render
 from producer.view.table import Table, details, table
 from producer.view.terminal import Terminal
 
@@ -189,10 +189,10 @@ def watch(source: Source, choice: Choice, window_s: float, name: str, stop: Flag
                 keys = terminal.keys(0 if is_due else _KEYS_S)
                 for key in keys:
                     top.press(key)
-                look = terminal.look()
-                if is_due or keys or look != shown:
-                    terminal.draw(render(top.frame(look.height), look))
-                    shown = look
+                display = terminal.display()
+                if is_due or keys or display != shown:
+                    terminal.draw(render(top.frame(display.height), display))
+                    shown = display
                 if is_due:
                     due = now + _REFRESH_S
 
@@ -213,5 +213,5 @@ def once(source: Source, choice: Choice, window_s: float, name: str, stop: Flag,
             return
         frame = replace(top.frame(_MAX_LINES), selected=-1)  # there is nothing to select
         height = len(frame.table.lines) + 4
-        shown = render(frame, Look(width, height, color=False, unicode=True))
+        shown = render(frame, Display(width, height, color=False, unicode=True))
         echo(as_lines(line.rstrip() for line in shown[:-1]))

@@ -5,7 +5,6 @@ producers, to consumers, or to all clients. A test lists the free ones, too, and
 library has a setting in none of the lists.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -142,7 +141,14 @@ FRACTIONS = frozenset({"linger.ms", "queue.buffering.max.ms"})
 _WHOLE, _FRACTION = r"-?(?:0|[1-9][0-9]*)", r"(?:\.[0-9]+)?"
 
 _LEAST_MS = 1000
-"""The library would close connections before a broker has answered."""
+_TIMES = (
+    ("connections.max.idle.ms", ("0",)),
+    ("metadata.recovery.rebootstrap.trigger.ms", ()),
+    ("socket.timeout.ms", ()),
+    ("topic.metadata.refresh.interval.ms", ("-1", "0")),
+)
+"""With less than `_LEAST_MS`, the library closes connections before a broker has answered, or fills them with requests
+for metadata. The values that turn a setting off are also accepted."""
 
 TEST_BROKER: Mapping[str, str] = {"test.mock.num.brokers": "1"}
 TEST_BROKER_PARTITIONS = 4
@@ -181,11 +187,10 @@ def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
     for name in ("linger.ms", "queue.buffering.max.ms"):
         if float(settings.get(name, -1)) >= most_ms:
             raise ConfigError(f"kafka.settings.{name}: expected less than spool.spill_after_s, {most_ms:g} ms")
-    idle, rebootstrap = "connections.max.idle.ms", "metadata.recovery.rebootstrap.trigger.ms"
-    for name, least in ((idle, math.ulp(0)), (rebootstrap, 0)):
-        if least <= float(settings.get(name, -1)) < _LEAST_MS:
-            unless = "0 or " if name == idle else ""
-            raise ConfigError(f"kafka.settings.{name}: expected {unless}at least {_LEAST_MS}, found {settings[name]}")
+    for name, off in _TIMES:
+        if name in settings and not (float(settings[name]) >= _LEAST_MS or settings[name] in off):
+            unless = f"{' or '.join([*off, ''])}at least {_LEAST_MS}"
+            raise ConfigError(f"kafka.settings.{name}: expected {unless}, found {settings[name]}")
 
 
 def _check(settings: Mapping[str, str]) -> None:

@@ -93,7 +93,7 @@ class Kafka:
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Settings for librdkafka, by its names. Secrets can be "@FILE", or "@NAME" for a systemd credential."""
     stop_timeout_s: float = 10.0
-    """Seconds to wait for messages in flight at a stop."""
+    """Seconds to wait for messages in flight when stopping."""
 
 
 @dataclass(frozen=True, slots=True)

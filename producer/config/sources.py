@@ -15,6 +15,7 @@ from typing import Any
 
 from producer.config import locate
 from producer.errors import ConfigError
+from producer.host.state_file import at_most
 from producer.host.text import printable
 
 CONF_D = "conf.d"
@@ -179,7 +180,7 @@ def read_bytes(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ConfigError(f"{path}: expected a regular file")
         with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
+            content = at_most(file, _MAX_FILE_BYTES + 1)
     finally:
         os.close(descriptor)
     if len(content) > _MAX_FILE_BYTES:

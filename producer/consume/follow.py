@@ -154,7 +154,7 @@ class Follower:
     def _read_again(self, lost: Mapping[PartitionId, int]) -> None:
         """Continue reading with a new client."""
         names = ",".join(f"{topic}/{number}" for topic, number in lost)
-        logger.warning("reading again with a new client, since the old one stands still at partitions=%s", names)
+        logger.warning("reading again with a new client, since the old one is stuck at partitions=%s", names)
         self._consumer.close()
         self._connect()
         self._positions |= {where: (offset, time.monotonic()) for where, offset in lost.items()}

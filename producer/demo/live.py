@@ -40,8 +40,8 @@ class Live:
         self._terminal.keys(0)  # Ctrl-Z; others have no effect
         if now_s >= self._due_s:
             self._due_s = now_s + _REFRESH_S
-            look = self._terminal.look()
-            self._terminal.draw(render(self._frame(now_s), look))
+            display = self._terminal.display()
+            self._terminal.draw(render(self._frame(now_s), display))
 
     def _frame(self, now_s: float) -> Frame:
         window_s = max(_REFRESH_S, min(_WINDOW_S, now_s - self._started_s))

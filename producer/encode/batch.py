@@ -71,7 +71,7 @@ class Cgroups(Protocol):
     def path(self, cgroup_id: int) -> str | None:
         """Return the path of a cgroup; None if it is unknown, or not yet known."""
 
-    def look(self, ids: Iterable[int] = ()) -> None:
+    def look_up(self, ids: Iterable[int] = ()) -> None:
         """Search for these ids and other unknown ones for a short time."""
 
 
@@ -150,7 +150,7 @@ class BatchEncoder:
 
     def _remember(self, ids: list[int]) -> None:
         """Cache the encoded owner of cgroups."""
-        self._cgroups.look(ids)
+        self._cgroups.look_up(ids)
         for cgroup_id in ids:
             path = self._cgroups.path(cgroup_id)
             uid = cgroups.pod_uid(path) if path is not None else None
@@ -175,7 +175,7 @@ class BatchEncoder:
 
     def _resolve_late(self) -> None:
         """Cache the owner of cgroups whose path or pod has been found meanwhile."""
-        self._cgroups.look()
+        self._cgroups.look_up()
         if self._seen == self._changes():
             return
         self._seen = self._changes()

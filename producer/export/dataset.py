@@ -49,9 +49,15 @@ class _Part:
         return partial_of(self.path)
 
     def close(self) -> None:
-        with self.file or nullcontext():
-            if self.writer is not None:
-                self.writer.close()
+        """Close the file, once."""
+        file, writer, self.file, self.writer = self.file, self.writer, None, None
+        with file or nullcontext():
+            try:
+                if writer is not None:
+                    writer.close()
+            finally:
+                if isinstance(writer, pyarrow.parquet.ParquetWriter):
+                    writer.is_open = False  # after an error, its destructor would try again, and log the error
 
 
 class Dataset:

@@ -18,7 +18,7 @@ from producer.export.arrow import schema_of
 from producer.export.events import record_batches
 from producer.export.parquet import open_parquet
 from producer.export.sources import PARQUET, Files, Topics
-from producer.host.when import parse_time
+from producer.host.times import parse_time
 
 STREAMS: Mapping[str, Stream] = {stream.topic: stream for stream in events.STREAMS}
 

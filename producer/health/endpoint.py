@@ -43,9 +43,9 @@ from producer.health.passwords import Passwords
 from producer.health.visitor_threads import VisitorThreads
 from producer.health.web_config import WebConfig, WebSettings
 from producer.host import state_file
+from producer.host.dns import Lookup
 from producer.host.endpoints import endpoint
 from producer.host.log_limit import LogLimit
-from producer.host.lookup import Lookup
 
 logger = logging.getLogger(__name__)
 

@@ -116,7 +116,7 @@ class CgroupPaths:
         """Ids to look up, with the number of walks started before."""
         self._walk: Iterator[None] | None = None
         self._walks = 0
-        self._next_look_s = 0.0
+        self._next_lookup_s = 0.0
         self.found = 0
         """Number of ids found so far."""
 
@@ -125,10 +125,10 @@ class CgroupPaths:
         if cgroup_id in self._paths:
             self._paths.move_to_end(cgroup_id)
             return self._paths[cgroup_id]
-        self.look([cgroup_id])
+        self.look_up([cgroup_id])
         return self._paths.get(cgroup_id)
 
-    def look(self, ids: Iterable[int] = ()) -> None:
+    def look_up(self, ids: Iterable[int] = ()) -> None:
         """Look up `ids` and pending ones, for a few milliseconds at most and a bounded share of the time.
 
         Ask for many at once: one walk finds them all, and the next one has to wait.
@@ -139,7 +139,7 @@ class CgroupPaths:
             if cgroup_id not in self._paths and len(self._pending) < self._max_cached:
                 self._pending.setdefault(cgroup_id, self._walks)
         now = self._clock()
-        if not self._pending or now < self._next_look_s:
+        if not self._pending or now < self._next_lookup_s:
             return
         used = self._cpu_clock()
         while self._pending and self._clock() - now < _LOOK_S:
@@ -154,7 +154,7 @@ class CgroupPaths:
             if is_over:
                 self._walk = None
                 self._drop_missing()
-        self._next_look_s = self._clock() + (self._cpu_clock() - used) / _SHARE
+        self._next_lookup_s = self._clock() + (self._cpu_clock() - used) / _SHARE
 
     def _folders(self) -> Iterator[None]:
         """Visit all folders and record their paths. OSError if descriptors or memory run out."""

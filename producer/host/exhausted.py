@@ -1,4 +1,4 @@
-"""Failures that any call can meet and that are no bugs: limits on memory, processes and files, and hidden files."""
+"""Failures of the environment, in any call: limits on memory, processes and files, and hidden files of the kernel."""
 
 import contextlib
 import errno

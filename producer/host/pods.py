@@ -1,7 +1,7 @@
 """Names of Kubernetes pods by their UID, from the list of this node's pods.
 
 The list is that of the API server (pods of a node, by a field selector) or of the kubelet (/pods). It is fetched in a
-thread, only if a UID is unknown, and at most every few seconds: a server that hangs or refuses delays nothing, and pods
+thread, only if a UID is unknown, and at most every few seconds: a server that hangs or refuses delays nothing; pods
 have no names until it answers. The API server is asked for metadata only.
 """
 

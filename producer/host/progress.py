@@ -1,4 +1,4 @@
-"""One line of progress on standard error, for people: nothing is written if that is no terminal.
+"""One line of progress on standard error, for people: nothing is written if that is not a terminal.
 
 A terminal without control sequences gets one line at the beginning, which stays.
 """

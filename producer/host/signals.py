@@ -2,7 +2,7 @@
 
 SIGINT, SIGTERM   an orderly stop; the second one terminates the process at once with 130
 SIGHUP            `rebpf run` reloads its configuration, or stops if its terminal has closed; others end or stop
-SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, real-time signals
+SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT, real-time signals
                   ignored: by default, a stray one would terminate the process
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
 SIGQUIT           the kernel's default: terminates the process with a core dump
@@ -27,6 +27,7 @@ QUIT_NOW = 130
 
 _IGNORED = (
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR),
+    signal.SIGSTKFLT,
     *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 )
 _READ_BYTES = 4096

@@ -30,8 +30,8 @@ from producer.host.text import parse_json
 
 logger = logging.getLogger(__name__)
 
-# `is_locked` of another process holds the lock for a moment.
-_LOCKING = Retrying(
+# A look of another process, such as `is_locked`, holds the lock for a moment.
+LOCKING = Retrying(
     retry=retry_if_exception_type(BlockingIOError),
     wait=wait_random(0.001, 0.01),
     stop=stop_after_delay(0.5),
@@ -91,7 +91,7 @@ class StateFolder:
     def __enter__(self) -> "StateFolder":
         self._lock = _open_lock(self.path)
         try:
-            _LOCKING(fcntl.flock, self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKING(fcntl.flock, self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
             raise BusyError(f"another producer runs with state_dir {self.path}: pid {pid(self.path)}") from error

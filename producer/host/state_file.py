@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 ASIDE = ".damaged"
 _MOST_ASIDE = 4
@@ -47,16 +48,32 @@ def open_regular(path: Path) -> int:
 def read(path: Path, most_bytes: int) -> bytes:
     """Return a file's content. Raises OSError, also if it has more than `most_bytes`."""
     with open(open_regular(path), "rb") as file:
-        content = file.read(most_bytes + 1)
+        content = at_most(file, most_bytes + 1)
     if len(content) > most_bytes:
         raise NotAFileError(errno.EFBIG, f"more than {most_bytes} bytes", str(path))
     return content
 
 
+def at_most(file: BinaryIO, most_bytes: int) -> bytes:
+    """Return the first bytes of a file that was opened with O_NONBLOCK. Raises OSError.
+
+    Some of the kernel's files say that they are regular, but have nothing to read for now, such as /proc/kmsg.
+    """
+    content: bytes | None = file.read(most_bytes)
+    if content is None:
+        raise NotAFileError(errno.EINVAL, "expected a regular file")
+    return content
+
+
 def create(path: Path) -> int:
-    """Create a file for appending, mode 0600, and replace an older file, pipe or link. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """Create a file for appending, mode 0600, and replace an older file, pipe or link. Raises OSError.
+
+    A folder is set aside.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        set_aside(path)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 

@@ -6,7 +6,7 @@ that nobody reads, a full disk, or closed. The log must never stop the capture: 
 waits. Lines that cannot be written are dropped, counted and reported.
 
 poll(2) reports a terminal as writable as soon as it takes a single byte, and a longer write would block there. So a
-terminal is opened a second time, not to block; the first description belongs to the shell, too.
+terminal is opened a second time, in non-blocking mode; the first file description is shared with the shell.
 
 Uncaught exceptions are logged. Python itself would write the traceback with all escape sequences and line breaks of its
 message.

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 
 from producer.errors import UnavailableError
+from producer.host.log_limit import LogLimit
 from producer.host.text import printable
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 _MOST_USEC = (1 << 63) - 1
 _MOST_SHOWN = 40
 _MOST_STATUS = 1024
+REPEAT_LOG_S = 3600.0
 TIMEOUT_S = 30.0  # for a full queue, while systemd itself hangs
 
 _NOTIFY_TIMEOUT_S = 0.1
@@ -59,12 +61,18 @@ def is_service() -> bool:
     return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
-def try_notify(text: str, status: str | None = None, timeout_s: float = _NOTIFY_TIMEOUT_S) -> None:
-    """Send a message, or log a warning: a service manager that hangs, or is gone, must not block or end the caller."""
+def try_notify(
+    text: str, status: str | None = None, timeout_s: float = _NOTIFY_TIMEOUT_S, *, limit: LogLimit | None = None
+) -> None:
+    """Send a message, or log a warning: a service manager that hangs, or is gone, must not block or end the caller.
+
+    `limit` is for messages that are repeated.
+    """
     try:
         notify(text, status=status, timeout_s=timeout_s)
     except UnavailableError as error:
-        logger.warning("systemd: cannot send %s: %s", text or "the status", error)
+        if limit is None or limit.allows(text):
+            logger.warning("systemd: cannot send %s: %s", text or "the status", error)
 
 
 def barrier() -> None:
@@ -108,9 +116,10 @@ class Watchdog:
         mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self._interval_s = number("WATCHDOG_USEC", _MOST_USEC) / 2e6 if mine else 0.0
         self._next = 0.0
+        self._log_limit = LogLimit(REPEAT_LOG_S)
 
     def step(self, now_s: float) -> None:
         """Report progress at `now_s` of the monotonic clock. Nothing that the host lacks can make this fail."""
         if self._interval_s and now_s >= self._next:
             self._next = now_s + self._interval_s
-            try_notify("WATCHDOG=1")
+            try_notify("WATCHDOG=1", limit=self._log_limit)

@@ -40,7 +40,9 @@ _CONF_OK, _CONF_UNKNOWN = 0, -2
 _PURGE_QUEUE, _PURGE_INFLIGHT = 1, 2
 _ERROR_BYTES = 512
 _MOCK_DESCRIPTORS = 16
-"""Enough for the client and its mock cluster; with two, librdkafka aborts the process, and up to ten do not connect."""
+"""Enough for the client and its mock cluster: with only two, librdkafka aborts the process, and with up to ten, it does
+not connect.
+"""
 
 SocketCallback = CFUNCTYPE(c_int, c_int, c_int, c_int, c_void_p)
 """int (domain, type, protocol, opaque): opens a socket and returns its descriptor. Called from librdkafka's threads."""

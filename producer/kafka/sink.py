@@ -26,7 +26,7 @@ from producer.events import HEARTBEATS, EncodedBatch, Feed, Ints, Outcome, Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
 from producer.kafka.connection import Connection, rough_utc_offset_ns
-from producer.kafka.flights import Flight, Run, runs
+from producer.kafka.delivery import Delivery, Run, runs
 from producer.kafka.librdkafka import MESSAGE, Error, Reports, check_settings, error_name, rejected
 from producer.kafka.retry import ABOUT_THE_MESSAGE, Retry
 from producer.kafka.wording import REPEAT_LOG_S
@@ -79,8 +79,8 @@ class KafkaSink:
         self._topics = topics
         self._max_in_flight = max_in_flight
         self._quarantine = quarantine
-        self._flights: dict[int, Flight] = {}
-        self._by_batch: dict[EncodedBatch, Flight] = {}
+        self._deliveries: dict[int, Delivery] = {}
+        self._by_batch: dict[EncodedBatch, Delivery] = {}
         self._next_number = 0
         self._retries = {stream: Retry(topic) for stream, topic in topics.items()}
         if HEARTBEATS.name in topics:  # a site may do without them
@@ -118,8 +118,8 @@ class KafkaSink:
 
     def unacknowledged(self, batch: EncodedBatch) -> int:
         """Return how many messages of a batch are still in flight."""
-        flight = self._by_batch.get(batch)
-        return flight.open if flight else 0
+        delivery = self._by_batch.get(batch)
+        return delivery.open if delivery else 0
 
     def last_error_of(self, stream: str) -> str:
         """Return the name of the error that a stream's messages are retried for, or an empty string."""
@@ -128,9 +128,9 @@ class KafkaSink:
     def send(self, batch: EncodedBatch) -> None:
         """Queue a batch. It may be larger than what `capacity` returned."""
         number, self._next_number = self._next_number, self._next_number + 1
-        flight = Flight(number, batch, len(batch))
-        self._produce(flight, None, alone=False)
-        self._flights[number] = self._by_batch[batch] = flight
+        delivery = Delivery(number, batch, len(batch))
+        self._produce(delivery, None, alone=False)
+        self._deliveries[number] = self._by_batch[batch] = delivery
         self.in_flight[batch.stream.name] += len(batch)
 
     def poll(self) -> dict[str, Outcome]:
@@ -149,7 +149,7 @@ class KafkaSink:
             self._reports.popleft()
         while self._runs:
             run = self._runs[0]
-            batch = self._flights[run.number].batch
+            batch = self._deliveries[run.number].batch
             lost = self._on_run(run)
             self._runs.popleft()
             if lost:
@@ -159,18 +159,18 @@ class KafkaSink:
                 logger.error("kafka: %d messages rejected and lost topic=%s error=%s", count, topic, error)
             self._unlogged_losses.clear()
         self._look_for_silence()
-        if self._connection.replace_if_needed(self._flights.values()):
+        if self._connection.replace_if_needed(self._deliveries.values()):
             self._send_all_again()
         outcomes, self._outcomes = self._outcomes, {}
         return outcomes
 
     def close(self) -> None:
         """Close the client; messages in flight are dropped."""
-        self._connection.close(self._flights.values())
+        self._connection.close(self._deliveries.values())
 
-    def _produce(self, flight: Flight, rows: Ints | None, *, alone: bool) -> None:
+    def _produce(self, delivery: Delivery, rows: Ints | None, *, alone: bool) -> None:
         """Pass rows of a batch to librdkafka; None: all."""
-        batch = flight.batch
+        batch = delivery.batch
         if self._retries[batch.stream.name].waiting == self.in_flight[batch.stream.name]:
             self._heard_at[batch.stream.name] = time.monotonic()
         count = len(batch) if rows is None else len(rows)
@@ -178,14 +178,14 @@ class KafkaSink:
             self._messages = np.zeros(count, MESSAGE)
         messages = self._messages[:count]
         _native.messages(
-            messages, flight.number, batch.payload, batch.starts, batch.lengths, batch.keys, batch.key_starts,
+            messages, delivery.number, batch.payload, batch.starts, batch.lengths, batch.keys, batch.key_starts,
             batch.key_lengths, rows,
         )  # fmt: skip
         if self._connection.produce(self._topics[batch.stream.name], messages, alone=alone) < count:
             self._reports.append((rejected(messages), alone))
 
     def _resend(self, number: int, rows: Ints, alone: bool) -> None:
-        self._produce(self._flights[number], rows, alone=alone)
+        self._produce(self._deliveries[number], rows, alone=alone)
 
     def _look_for_silence(self) -> None:
         for stream, retry in self._retries.items():
@@ -195,13 +195,13 @@ class KafkaSink:
 
     def _on_run(self, run: Run) -> str:
         """Record that messages of a batch were acknowledged, must be retried, or are lost; return the loss's error."""
-        flight = self._flights[run.number]
-        retry = self._retries[flight.batch.stream.name]
-        self._heard_at[flight.batch.stream.name] = time.monotonic()
+        delivery = self._deliveries[run.number]
+        retry = self._retries[delivery.batch.stream.name]
+        self._heard_at[delivery.batch.stream.name] = time.monotonic()
         if run.alone:
             retry.returned(len(run))
         if not run.code:
-            self._close(flight, run).delivered += len(run)
+            self._close(delivery, run).delivered += len(run)
             retry.delivered()
             self._connection.delivered()
             return ""
@@ -212,21 +212,21 @@ class KafkaSink:
         elif not run.alone:
             retry.one_by_one(run.number, run.rows, error)
         else:
-            flight.lost[error] += len(run)
-            self._close(flight, run).lost[error] += len(run)
-            self._unlogged_losses[self._topics[flight.batch.stream.name], error] += len(run)
+            delivery.lost[error] += len(run)
+            self._close(delivery, run).lost[error] += len(run)
+            self._unlogged_losses[self._topics[delivery.batch.stream.name], error] += len(run)
             return error
         return ""
 
-    def _close(self, flight: Flight, run: Run) -> Outcome:
+    def _close(self, delivery: Delivery, run: Run) -> Outcome:
         """Remove acknowledged or lost messages from what is in flight; return the outcome that counts them."""
-        stream = flight.batch.stream.name
+        stream = delivery.batch.stream.name
         outcome = self._outcomes.setdefault(stream, Outcome())
         self.in_flight[stream] -= len(run)
-        flight.close(run)
-        if not flight.open:
-            del self._flights[flight.number], self._by_batch[flight.batch]
-            outcome.done.append((flight.batch, flight.lost))
+        delivery.close(run)
+        if not delivery.open:
+            del self._deliveries[delivery.number], self._by_batch[delivery.batch]
+            outcome.done.append((delivery.batch, delivery.lost))
         return outcome
 
     def _send_all_again(self) -> None:
@@ -234,5 +234,5 @@ class KafkaSink:
         self._heard_at = dict.fromkeys(self._heard_at, time.monotonic())
         for retry in self._retries.values():
             retry.restart()
-        for flight in self._flights.values():
-            self._retries[flight.batch.stream.name].hold(flight.number, flight.open_rows())
+        for delivery in self._deliveries.values():
+            self._retries[delivery.batch.stream.name].hold(delivery.number, delivery.open_rows())

@@ -7,6 +7,7 @@ BTF: Documentation/bpf/btf.rst of the kernel. Standard library only, because the
 Python.
 """
 
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _TAIL = {
     TYPEDEF: (0, 0), VOLATILE: (0, 0), CONST: (0, 0), RESTRICT: (0, 0), FUNC: (0, 0), FUNC_PROTO: (0, 8),
     VAR: (4, 0), DATASEC: (0, 12), FLOAT: (0, 0), DECL_TAG: (4, 0), TYPE_TAG: (0, 0), ENUM64: (0, 12),
 }  # fmt: skip
+_MOST_BYTES = 1 << 30
+"""Maximum size of a file: a vmlinux with all debug information has less."""
 _UNITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
 
 
@@ -72,7 +75,11 @@ class Btf:
         """Read BTF, also from an uncompressed vmlinux. UnavailableError with the fix if there is none."""
         try:
             state_file.check_ordinary(path)
-            blob = path.read_bytes()
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size  # of /proc/kmsg, which is regular and has no end: 0
+                if size > _MOST_BYTES:
+                    raise UnavailableError(f"not BTF: larger than {_MOST_BYTES >> 20} MiB")
+                blob = file.read(size)
             return cls(_section(blob, b".BTF") if blob.startswith(b"\x7fELF") else blob)
         except FileNotFoundError as error:
             raise UnavailableError(

@@ -1,4 +1,4 @@
-"""What the running kernel offers to BPF programs, found by small trials. `check` and `run` make the same ones.
+"""What the running kernel offers to BPF programs, found by trial. `check` and `run` make the same trials.
 
 Versions tell little, because distributions backport. A trial is a program of a few instructions that the verifier
 accepts or rejects, which takes a millisecond. Standard library only.

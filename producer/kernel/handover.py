@@ -1,4 +1,4 @@
-"""What captures need of whatever holds the kernel's objects for the next process."""
+"""The store that holds the kernel's objects for the next process, as a capture uses it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol

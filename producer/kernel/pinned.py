@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import BusyError, ConfigError, UnavailableError
+from producer.host.state import LOCKING
 from producer.kernel import bpf_syscall
 from producer.kernel.manifest import parse_stored
 
@@ -44,6 +45,23 @@ def unusable(path: Path) -> str | None:
         return f"expected a folder that belongs to uid {user} and that nobody else can write to: create another one"
     others = sorted(name for name in os.listdir(path) if not _OURS.fullmatch(name))
     return f"contains objects of other programs ({others[0]}): use a separate folder" if others else None
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a producer uses the folder. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
+
+
+def in_use(path: Path) -> str:
+    """Return the message for a folder that another producer uses."""
+    return f"another producer has pinned its hooks in {path}"
 
 
 class PinFolder:
@@ -156,10 +174,10 @@ class PinFolder:
             os.close(self._lock)
             raise ConfigError(f"capture.pin {self._path}: {why}")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKING(fcntl.flock, self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
-            raise BusyError(f"another producer has pinned its hooks in {self._path}") from error
+            raise BusyError(in_use(self._path)) from error
         self._remove_remains()
         return self
 

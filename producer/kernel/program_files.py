@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from producer.host import state_file
 from producer.host.text import parse_json
 from producer.kernel import source
 from producer.kernel.btf import Btf
@@ -92,7 +93,7 @@ class ProgramFiles:
     def _read(self, path: Path) -> list[bytes]:
         """Return the lines of a file's programs. ValueError if it does not fit."""
         with own(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
-            checksum, _, body = file.read(_MOST_FILE_BYTES).partition(b"\n")
+            checksum, _, body = state_file.at_most(file, _MOST_FILE_BYTES).partition(b"\n")
         header, *lines = body.split(b"\n")
         identity = _identity(header)
         if identity is None:

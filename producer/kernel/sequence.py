@@ -7,8 +7,8 @@ sequence.json   {"boot_id": ..., "generation": G, "last": {stream: [number by CP
 After an orderly stop the numbers continue. If the last ones are unknown, a new generation begins, on all CPUs at
 G << 32. G is at least the uptime in seconds, not only one more than the last: a CPU that assigns less than 2^32 numbers
 per second cannot have reached it, however long the last generation was in use. If the file cannot be written, the next
-start will trust its current content, so G is a number that the file never contains. An unusable file is set aside. If
-it is missing next to a ledger, it was deleted, and a new generation begins too.
+start will trust its current content and may continue its generation, so G is in the other half of all generations. An
+unusable file is set aside. If it is missing next to a ledger, it was deleted, and a new generation begins too.
 """
 
 import json
@@ -31,9 +31,9 @@ Numbers = Mapping[str, Sequence[int]]
 
 _GENERATION_SHIFT = 32
 _MOST_BYTES = 1 << 20  # 4,096 CPUs need a quarter of it
-_UNWRITTEN = 1 << 30
-"""Set in generations that are not in the file. Above any uptime; numbers with it still fit a signed long."""
-_MOST_GENERATIONS = 2 * _UNWRITTEN - 1
+_HALF = 1 << 30
+"""The bit that separates the two halves. Above any uptime; numbers with it still fit a signed long."""
+_MOST_GENERATIONS = 2 * _HALF - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class EventNumbers:
         self._generation = note.generation if go_on else self._next(note.generation)
         error = self._write(None)
         if error is not None:
-            self._generation = self._next(note.generation | _UNWRITTEN)
+            self._generation = self._next(note.generation ^ _HALF)
             logger.warning("%s: %s: event numbers jump to %d * 2^32", self._path, error, self._generation)
         elif note.last is not None and go_on:
             return note.last
@@ -90,13 +90,14 @@ class EventNumbers:
     def stop(self, last: Numbers) -> None:
         """Record the last numbers, after the programs are detached."""
         # Programs that were taken over may have begun with a generation that is not in this folder.
-        highest = max(max(numbers) for numbers in last.values())
-        self._generation = max(self._generation, highest >> _GENERATION_SHIFT)
+        highest = max(max(numbers) for numbers in last.values()) >> _GENERATION_SHIFT
+        is_other_half = (highest ^ self._generation) & _HALF
+        self._generation = highest if is_other_half else max(self._generation, highest)
         if error := self._write(last):
             logger.warning("%s: %s: event numbers will jump at the next start", self._path, error)
 
     def _next(self, generation: int) -> int:
-        return max(generation + 1, generation & _UNWRITTEN | int(self._uptime_s()))
+        return max(generation + 1, generation & _HALF | int(self._uptime_s()))
 
     def _all(self, number: int) -> Numbers:
         return {stream.name: [number] * self._cpus for stream in STREAMS}

@@ -1,8 +1,8 @@
 """The kernel's functions that its compiler has split or copied. Standard library only.
 
 GCC may move a part of a function out (foo.part.0), or copy it for some of its callers (foo.isra.0, foo.constprop.0).
-Callers in the same source file may then call that, and pass a probe on foo by. Only their names tell, in
-/proc/kallsyms. A cold part (foo.cold) is reached from foo alone, and foo.localalias is another name of foo.
+Callers in the same source file may then call that, and bypass a probe on foo. Only the names in /proc/kallsyms show it.
+A cold part (foo.cold) is reached from foo alone, and foo.localalias is another name of foo.
 """
 
 import re

@@ -54,7 +54,7 @@ class Budget:
 
 
 class StreamPace:
-    """Decides when a stream's ring is read next: at `due_s`, on the clock of the times that are passed in."""
+    """Decides when a stream's ring is read next: at `due_s`, on the same clock as the times that are passed in."""
 
     def __init__(self, stream: str, latency_s: float, budget: Budget, *, is_urgent: bool) -> None:
         self._stream = stream

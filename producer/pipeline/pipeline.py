@@ -3,7 +3,7 @@ free the ring's space once they are safe.
 
 The ring is the log: the kernel gets a batch's space back only when every message of it and of all batches before it is
 acknowledged or rejected for good, or when the batch is in the spool. So undelivered events have one order: first the
-spool, then the ring. A window of them is in flight. While Kafka accepts messages, the spool is empty and nothing is
+spool, then the ring. The oldest of them are in flight. While Kafka accepts messages, the spool is empty and nothing is
 written to disk. When Kafka does not, the batches in flight are spilled, then the new ones; new events are sent after
 the spooled ones until the spool is empty. If the spool fails too (a full disk), events stay in the ring, and when the
 ring is full, the kernel counts what it cannot store. Nothing else is buffered, and nothing blocks.

@@ -2,8 +2,8 @@
 
 from producer.events import Outcome, Stream
 from producer.pipeline.account import StreamAccount
+from producer.pipeline.in_flight import InFlightBatch, InFlightBatches
 from producer.pipeline.interfaces import Sink
-from producer.pipeline.window import InFlight, Window
 from producer.spool.spool import Spool
 
 _MOST_BATCHES = 32
@@ -20,7 +20,7 @@ class SpoolSender:
         self.stream = stream
         self.spool = spool
         self.account = account
-        self.window = Window()
+        self.in_flight = InFlightBatches()
         self.error = ""
         """Why the spool cannot be read; empty if it can."""
 
@@ -32,7 +32,7 @@ class SpoolSender:
     @property
     def waiting(self) -> int:
         """Events in the spool that are not in flight."""
-        return self.spool.pending - sum(len(entry.batch) for entry in self.window)
+        return self.spool.pending - sum(len(entry.batch) for entry in self.in_flight)
 
     def send(self, sink: Sink, now_s: float) -> bool:
         """Send the next batches; return whether there are likely more."""
@@ -58,27 +58,27 @@ class SpoolSender:
             except Exception:
                 self.spool.rewind(spooled.first)
                 raise
-            self.window.add(InFlight(spooled.batch, now_s, first=spooled.first))
+            self.in_flight.add(InFlightBatch(spooled.batch, now_s, first=spooled.first))
         return True
 
-    def adopt(self, entry: InFlight) -> None:
+    def adopt(self, entry: InFlightBatch) -> None:
         """Append a batch of the ring that is in flight, without sending it a second time. Raises OSError."""
         entry.first = self.spool.end
         self.spool.append(entry.batch, self.account.ring_id, entry.position)
         self.spool.sent = self.spool.end  # all before it was sent
-        self.window.add(entry)
+        self.in_flight.add(entry)
 
     def on_reports(self, outcome: Outcome) -> None:
         """Process delivery reports: count them, and release what is done from the spool."""
         self.account.count_reports(outcome)
         for batch, lost in outcome.done:
-            self.window.finish(batch, lost)
+            self.in_flight.finish(batch, lost)
         self.acknowledge()
         self.account.checkpoint()
 
     def acknowledge(self) -> None:
         """Acknowledge batches that are done, in order. The next checkpoint deletes their files."""
-        for entry in self.window.pop_done():
+        for entry in self.in_flight.pop_done():
             self.account.finalize_lost(entry.lost)
             self.spool.ack(entry.first, entry.first + len(entry.batch))
         self._acknowledge_rest()
@@ -86,7 +86,7 @@ class SpoolSender:
     def _acknowledge_rest(self) -> bool:
         """Acknowledge the events up to the end if they could not be read; return whether there were any."""
         spool = self.spool
-        if self.window.oldest or not spool.acked < spool.sent == spool.end:
+        if self.in_flight.oldest or not spool.acked < spool.sent == spool.end:
             return False
         spool.ack(spool.end, spool.end)
         return True

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from producer.events import Outcome, Rows, Stream
 from producer.pipeline.account import StreamAccount
+from producer.pipeline.in_flight import InFlightBatch, InFlightBatches
 from producer.pipeline.interfaces import Encoder, Ring, Sink, Waits
 from producer.pipeline.ledger import Account
 from producer.pipeline.ring_reader import BATCH_ROWS, RingReader
 from producer.pipeline.spool_sender import SpoolSender
-from producer.pipeline.window import InFlight, Window
 from producer.spool.spool import Spool
 
 _FULL = 0.5
@@ -54,7 +54,7 @@ class StreamPipeline:
         self._sender = SpoolSender(stream, stores.spool, self.account) if stores.spool else None
         self._waits = stores.waits
         self.spill_after_s = stores.spill_after_s
-        self._window = Window()
+        self._in_flight = InFlightBatches()
         """The batches in flight that are in the ring."""
         self._spill_at_s = 0.0
         self._spill_error = ""
@@ -74,7 +74,7 @@ class StreamPipeline:
     @property
     def oldest_sent_s(self) -> float | None:
         """When the oldest batch in flight was sent; None if none is in flight."""
-        oldest = (self._sender.window.oldest if self._sender else None) or self._window.oldest
+        oldest = (self._sender.in_flight.oldest if self._sender else None) or self._in_flight.oldest
         return oldest.sent_at_s if oldest else None
 
     @property
@@ -110,10 +110,10 @@ class StreamPipeline:
         Return the kernel time of the first event and the number of events of each batch from the ring that is done.
         """
         self.account.count_reports(outcome)
-        windows = [self._window, self._sender.window] if self._sender else [self._window]
-        done = [entry for batch, lost in outcome.done for each in windows if (entry := each.finish(batch, lost))]
+        in_flight = [self._in_flight, self._sender.in_flight] if self._sender else [self._in_flight]
+        done = [entry for batch, lost in outcome.done for each in in_flight if (entry := each.finish(batch, lost))]
         position = None
-        for entry in self._window.pop_done():
+        for entry in self._in_flight.pop_done():
             position = self._leave_ring(entry)
         if self._sender:
             self._sender.acknowledge()
@@ -142,9 +142,9 @@ class StreamPipeline:
         the events in it are lost.
         """
         spooled, in_ring = self.spooled, unread
-        in_ring += sum(sink.unacknowledged(entry.batch) for entry in self._window)
+        in_ring += sum(sink.unacknowledged(entry.batch) for entry in self._in_flight)
         if self._sender:
-            spooled += sum(sink.unacknowledged(entry.batch) for entry in self._sender.window)
+            spooled += sum(sink.unacknowledged(entry.batch) for entry in self._sender.in_flight)
         if not ring_stays and in_ring:
             self.account.count_lost({"stopped": in_ring})
             in_ring = 0
@@ -174,12 +174,14 @@ class StreamPipeline:
             else:
                 sink.send(read.batch)
                 self.account.count_lost_in_flight(read.refused)
-                self._window.add(InFlight(read.batch, now_s, read.oldest_ns, read.position, refused=read.refused))
+                self._in_flight.add(
+                    InFlightBatch(read.batch, now_s, read.oldest_ns, read.position, refused=read.refused)
+                )
         return read.more
 
     def _skip(self, position: int, refused: Counter[str]) -> None:
         """Skip records that cannot be sent: together with the batch before them, if one is in flight."""
-        if newest := self._window.newest:
+        if newest := self._in_flight.newest:
             self.account.count_lost_in_flight(refused)
             newest.refused.update(refused)
             newest.position = position
@@ -193,10 +195,10 @@ class StreamPipeline:
             return False
         position, more = None, False
         try:
-            while entry := self._window.oldest:
+            while entry := self._in_flight.oldest:
                 if not entry.done:
                     sender.adopt(entry)
-                position = self._leave_ring(self._window.pop())
+                position = self._leave_ring(self._in_flight.pop())
             with self._reader.read(BATCH_ROWS, utc_offset_ns) as read:
                 if read and read.batch is not None:
                     sender.spool.append(read.batch, self.account.ring_id, read.position)
@@ -217,7 +219,7 @@ class StreamPipeline:
             self._spill_error, self._spill_at_s = "", 0.0
             self._waits.reset()
 
-    def _leave_ring(self, entry: InFlight) -> int:
+    def _leave_ring(self, entry: InFlightBatch) -> int:
         """Let the losses of a batch that leaves the ring be final; return the position after it."""
         self.account.finalize_lost(entry.lost + entry.refused)
         return entry.position

@@ -11,7 +11,7 @@ from string import Template
 import numpy as np
 
 from producer.host.text import printable
-from producer.host.when import readable
+from producer.host.times import readable
 from producer.report import plots
 from producer.report.frame import Frame
 from producer.report.summary import Line, Summary

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter
 
 from producer.events import Ints
 from producer.host.text import printable
-from producer.host.when import readable
+from producer.host.times import readable
 from producer.report.frame import Frame
 from producer.report.summary import Line, Summary, Timeline, WorstFlow, segments_of
 

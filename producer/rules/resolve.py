@@ -22,6 +22,7 @@ from typing import TypeVar
 from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
 from producer.host.exhausted import exhausted
+from producer.host.state_file import at_most
 from producer.rules.tables import (
     MOST_CGROUP_LEVELS,
     MOST_PREFIXES,
@@ -33,6 +34,7 @@ from producer.rules.tables import (
     only,
     tables,
 )
+from producer.rules.users import Users
 
 V = TypeVar("V")
 R = TypeVar("R")
@@ -41,7 +43,7 @@ NETNS = Path("/run/netns")
 _ABSENT = 0
 """The id of a cgroup that does not exist. No cgroup has id 0, so the condition matches nothing."""
 _NEVER = 1 << 32
-"""In place of the number of a namespace or interface that does not exist. No such number has more than 32 bits."""
+"""In place of the number of a namespace, user or interface that does not exist. No such number has over 32 bits."""
 _NOWHERE = ipaddress.IPv6Network("::/128")
 """The network of an empty list. No segment has this address, so the condition matches nothing."""
 _MOST_LIST_BYTES = 16 << 20
@@ -52,7 +54,7 @@ _MOST_LIST_BYTES = 16 << 20
 class Ruleset:
     """Resolved rules. `cgroups_above` has the ancestors of each named cgroup.
 
-    `absent` says which namespaces and interfaces do not exist.
+    `absent` says which namespaces, users and interfaces do not exist.
     """
 
     rules: Sequence[Rule]
@@ -68,7 +70,7 @@ class Ruleset:
 def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     """Resolve the rules of a configuration on this host.
 
-    A cgroup, unit, namespace or interface that does not exist now matches nothing: at a boot, it may come later.
+    A cgroup, unit, namespace, user or interface that does not exist now matches nothing: at a boot, it may come later.
     ConfigError names the rule with an invalid condition.
     """
     capture = config.capture
@@ -108,18 +110,25 @@ def _without_names(rule: RuleConfig, ids: Mapping[str, int]) -> RuleConfig:
     )
 
 
-def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
+def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None, users: Users) -> Ruleset:
     """Return `ruleset`, which was resolved from `config`, with the cgroups, namespaces and interfaces that exist now.
 
-    Files and users are only read at a reload.
+    Of the users, only those that did not exist are looked for; files are only read at a reload.
     """
     cgroups = _Cgroups(cgroup_root)
     absent: list[str] = []
+    missing: list[int | str] = []
     rules = []
     for number, (rule, source) in enumerate(zip(ruleset.rules, config.rules, strict=True), 1):
         where = _where(number, source)
-        netns, interface = _netns(where, source.netns, absent), _interfaces(where, source.interface, absent)
-        rules.append(dataclasses.replace(rule, cgroup=_cgroups(source, cgroups), netns=netns, interface=interface))
+        netns = _netns(where, source.netns, absent)
+        named = [name if uid == _NEVER else uid for name, uid in zip(source.uid, rule.uid, strict=True)]
+        uid = _users(where, named, users.take, absent)
+        interface = _interfaces(where, source.interface, absent)
+        followed = dataclasses.replace(rule, cgroup=_cgroups(source, cgroups), netns=netns, uid=uid)
+        rules.append(dataclasses.replace(followed, interface=interface))
+        missing += [name for name, uid in zip(named, uid, strict=True) if uid == _NEVER]
+    users.look(list(map(str, missing)))
     return Ruleset(tuple(rules), ruleset.default, _above(rules, cgroups), tuple(absent))
 
 
@@ -158,7 +167,7 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups", absent: list[str])
             remote_port=_each(rule.remote_port, _ports),
             netns=_netns(where, rule.netns, absent),
             cgroup=_cgroups(rule, cgroups),
-            uid=_each(rule.uid, _uid),
+            uid=_users(where, rule.uid, _user_number, absent),
             interface=_interfaces(where, rule.interface, absent),
             state=rule.state,
         )
@@ -200,7 +209,7 @@ def _read(path: Path) -> str:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file: expected a list with one address or network per line")
-        content = file.read(_MOST_LIST_BYTES + 1)
+        content = at_most(file, _MOST_LIST_BYTES + 1)
     if len(content) > _MOST_LIST_BYTES:
         raise ValueError(
             f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: at most {MOST_PREFIXES:,} networks in all rules"
@@ -256,11 +265,24 @@ def _netns_number(name: str) -> int:
     return status.st_ino
 
 
-def _uid(value: int | str) -> Iterable[int]:
+def _users(
+    where: str, values: Iterable[int | str], number: Callable[[str], int | None], absent: list[str]
+) -> tuple[int, ...]:
+    """Return user ids, also of names. A name that no user has may be known later (producer.rules.users)."""
+
+    def found(name: str) -> int:
+        if (uid := number(name)) is None:
+            raise FileNotFoundError(errno.ENOENT, "no user has this name")
+        return uid
+
+    return _numbers(f"{where}: uid", values, found, absent)
+
+
+def _user_number(name: str) -> int | None:
     try:
-        return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
-    except KeyError as error:
-        raise ValueError(f"no user has the name {value!r}") from error
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
 
 
 class _Cgroups:

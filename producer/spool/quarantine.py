@@ -7,7 +7,7 @@ import os
 from producer.config.load import Config
 from producer.events import STREAMS, EncodedBatch, Rows, Stream
 from producer.host.log_limit import LogLimit
-from producer.spool.configured import new_quarantine
+from producer.spool.from_config import new_quarantine
 
 logger = logging.getLogger(__name__)
 

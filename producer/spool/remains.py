@@ -1,4 +1,4 @@
-"""Remains of failed writes: batches that a file has, and the next one again."""
+"""Remains of failed writes: batches that are in a file, and again in the next one."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,7 +7,7 @@ from producer.spool.files import SpoolFile
 
 
 def exclude_remains(files: Sequence[SpoolFile], acked: int, pending: int) -> None:
-    """Cut what files beside a gap hold beyond the `pending` events.
+    """Leave out what files beside a gap hold beyond the `pending` events.
 
     A write may have failed and reached the disk nevertheless. If the next file, which has its events, is discarded,
     only their number shows that they were, too.

@@ -8,8 +8,8 @@ each file holds, and how many are missing if one is damaged or deleted. Three nu
 The caller stores `acked` and `end` in its ledger. After a restart, existing files are never written again. A file is
 deleted when its events are done, when it is too old, or to make space for new events if configured so. Damaged data is
 skipped and counted, and the last few damaged files are kept for inspection. A failed write leaves no trace and can be
-repeated. Files are synced (fdatasync) when they are full and at a stop: a killed process loses nothing, a power cut
-loses what was written last.
+repeated. Files are synced (fdatasync) when they are full and when the producer stops: a killed process loses nothing, a
+power cut loses what was written last.
 
 No clock and no retries here: time is passed in, and OSError goes to the caller.
 """

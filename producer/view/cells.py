@@ -1,4 +1,4 @@
-"""Text in columns of a terminal, where East Asian characters are two wide and combining ones nothing."""
+"""Text in columns of a terminal, where East Asian characters take two columns and combining ones none."""
 
 from rich.cells import cell_len, set_cell_size
 from rich.color import ColorSystem

@@ -52,8 +52,8 @@ _JUDGE_S = 5.0
 """What limits a connection is judged over one to two of these."""
 
 
-class Happened(NamedTuple):
-    """What happened to connections: arrays of equal length."""
+class Activity(NamedTuple):
+    """What happened to connections in the last minute: arrays of equal length."""
 
     at_s: Numbers
     slot: Numbers
@@ -66,9 +66,9 @@ class Happened(NamedTuple):
     failed: Numbers
     """Failed connects."""
 
-    def select(self, chosen: Mask) -> "Happened":
+    def select(self, chosen: Mask) -> "Activity":
         """Return the chosen rows."""
-        return Happened(*(column[chosen] for column in self))
+        return Activity(*(column[chosen] for column in self))
 
 
 class Flows:
@@ -80,7 +80,7 @@ class Flows:
         self._texts: dict[str, int] = {"": 0}
         self._characters = 0
         self._rows = np.zeros(1024, _DTYPE)
-        self._log: list[Happened] = []
+        self._log: list[Activity] = []
         self.in_netns = 0
         """Retransmitted segments of the network namespace `netns` so far."""
 
@@ -93,12 +93,12 @@ class Flows:
         """Return the texts to which the text fields refer; the first is null."""
         return list(self._texts)
 
-    def happened(self, now_s: float) -> Happened:
+    def activity(self, now_s: float) -> Activity:
         """Return what happened in the last minute."""
         if len(self._log) > 1:
-            self._log = [Happened(*(np.concatenate(columns) for columns in zip(*self._log, strict=True)))]
-        happened = self._log[0] if self._log else Happened(*(np.zeros(0, np.int64) for _ in Happened._fields))
-        return happened.select(happened.at_s > now_s - HISTORY_S)
+            self._log = [Activity(*(np.concatenate(columns) for columns in zip(*self._log, strict=True)))]
+        activity = self._log[0] if self._log else Activity(*(np.zeros(0, np.int64) for _ in Activity._fields))
+        return activity.select(activity.at_s > now_s - HISTORY_S)
 
     def add(self, records: Records, now_s: float) -> None:
         """Add records that arrived now."""
@@ -116,7 +116,7 @@ class Flows:
 
     def forget(self, now_s: float) -> None:
         """Drop what is too old."""
-        happened = self.happened(now_s)
+        activity = self.activity(now_s)
         is_open = self.rows["counted"] & ~self.rows["closed"]
         kept = self.rows["seen_s"] > now_s - np.where(is_open, _UNSEEN_S, HISTORY_S)
         places = np.cumsum(kept) - 1
@@ -129,7 +129,7 @@ class Flows:
             rows[name] = places_of_texts[1 + number * len(rows) : 1 + (number + 1) * len(rows)]
         self._rows = np.concatenate([rows, np.zeros(max(1024, len(rows) // 2), _DTYPE)])
         self._table.keep(kept)
-        self._log = [happened._replace(slot=places[happened.slot])] if len(happened.slot) else []
+        self._log = [activity._replace(slot=places[activity.slot])] if len(activity.slot) else []
 
     def _growth(self, records: Records) -> Growth:
         """Find the connections, and what they did; retransmissions have no counters of their connection."""
@@ -176,7 +176,7 @@ class Flows:
         segs = np.minimum(_bounded(records, "segs") * rates, _MAX_NUMBER)
         zeros = np.zeros_like(segs)
         self._log.append(
-            Happened(np.full(len(segs), now_s), slots, zeros, zeros, segs, _causes(records["cause"]), zeros)
+            Activity(np.full(len(segs), now_s), slots, zeros, zeros, segs, _causes(records["cause"]), zeros)
         )
         self.in_netns += int(segs[records["netns"].cells == self._netns].sum())
         for name in ("lost_out", "srtt_us", "snd_cwnd", "mss", "rto_us"):
@@ -190,7 +190,7 @@ class Flows:
         changed = (segs > 0) | failed
         zeros = np.zeros(int(changed.sum()), np.int64)
         self._log.append(
-            Happened(
+            Activity(
                 np.full(len(zeros), now_s), growth.slots[changed], segs[changed], resent[changed],
                 zeros, zeros, failed[changed].astype(np.int64),
             )

@@ -17,7 +17,7 @@ class KernelCount:
     """Compares the growth of a counter with that of the events, from `begin` on.
 
     Counter and ring cannot be read at once. So the counter is read before and after the ring, again if it has grown in
-    between; what it has grown by then is as good as seen. Again also if they differ, because a segment is counted a
+    between; what it has counted by then counts as seen. Again also if they differ, because a segment is counted a
     moment before or after its event.
     """
 

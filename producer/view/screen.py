@@ -78,7 +78,7 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Display:
     """What the terminal can show."""
 
     width: int
@@ -179,25 +179,25 @@ def _without_the_last(columns: Sequence[_Column], room: int) -> tuple[list[_Colu
     return [each for each in columns if each.title in kept], max(0, room)
 
 
-def render(frame: Frame, look: Look) -> list[str]:
+def render(frame: Frame, display: Display) -> list[str]:
     """Return the lines of the screen, as many as it has."""
-    lines = _head(frame, look)
-    foot = _foot(frame, look)
-    room = max(0, look.height - len(lines) - len(foot))
+    lines = _head(frame, display)
+    foot = _foot(frame, display)
+    room = max(0, display.height - len(lines) - len(foot))
     if frame.has_help:
-        body = [cut(each, look.width) for each in _MANUAL]
+        body = [cut(each, display.width) for each in _MANUAL]
     else:
-        body = _details(frame, look) if frame.details is not None else _body(frame, look, room - 1)
+        body = _details(frame, display) if frame.details is not None else _body(frame, display, room - 1)
     lines += body[:room] + [""] * (room - len(body)) + foot
-    return lines[: look.height]
+    return lines[: display.height]
 
 
-def _head(frame: Frame, look: Look) -> list[str]:
+def _head(frame: Frame, display: Display) -> list[str]:
     total = frame.table.total
     kernel = "" if frame.kernel is None else f"  kernel RetransSegs {frame.kernel[0]}, seen {frame.kernel[1]}"
     rates = f"{rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}  {rate(total.segments)} segments/s"
-    title, covered = ("rebpf top  ", f"last {frame.window_s:.0f} s: ") if look.width >= _WITH_TITLE else ("", "")
-    source = cut(frame.source, max(_LEAST_SOURCE, look.width - len(f"{title}  {covered}{rates}")))
+    title, covered = ("rebpf top  ", f"last {frame.window_s:.0f} s: ") if display.width >= _WITH_TITLE else ("", "")
+    source = cut(frame.source, max(_LEAST_SOURCE, display.width - len(f"{title}  {covered}{rates}")))
     first = f"{title}{source}  {covered}{rates}"
     groups = f"{frame.table.groups} {frame.by}{'s' * (frame.table.groups != 1)}"
     second = f"{groups}, by {frame.sort}  lost events {frame.lost}{kernel}"
@@ -205,24 +205,24 @@ def _head(frame: Frame, look: Look) -> list[str]:
         second = f"PAUSED  {second}"
     if frame.filter_text:
         second += f"  filter: {frame.filter_text}"
-    return [_paint(cut(first, look.width), "bold", look), cut(second, look.width)]
+    return [_paint(cut(first, display.width), "bold", display), cut(second, display.width)]
 
 
-def _body(frame: Frame, look: Look, room: int) -> list[str]:
+def _body(frame: Frame, display: Display, room: int) -> list[str]:
     """Return the titles and as many lines as there is room for, the selected one among them."""
     longest = max((size(line.name) for line in frame.table.lines), default=0)
-    name_width, columns = _fitting(look.width, longest, frame.by, look.unicode)
+    name_width, columns = _fitting(display.width, longest, frame.by, display.unicode)
     title = " ".join(["", fit(frame.by.upper(), -name_width), *(fit(each.title, each.width) for each in columns)])
-    lines = [_paint(fit(title, -look.width), "reverse", look)]
+    lines = [_paint(fit(title, -display.width), "reverse", display)]
     first = max(0, frame.selected - room + 1)
     for number, line in enumerate(frame.table.lines[first : first + room], first):
         cells = [fit(each.text(line), each.width) for each in columns]
         mark = ">" if number == frame.selected else " "
         name = _peer_of(line.name) if frame.by == "flow" and size(line.name) > name_width else line.name
         text = mark + " ".join([fit(name, -name_width), *cells])
-        lines.append(_paint(cut(text, look.width), _style(line), look))
+        lines.append(_paint(cut(text, display.width), _style(line), display))
     if not frame.table.lines:
-        lines.append(cut("Nothing matches the filter yet." if frame.filter_text else "No traffic yet.", look.width))
+        lines.append(cut("Nothing matches the filter yet." if frame.filter_text else "No traffic yet.", display.width))
     return lines
 
 
@@ -230,31 +230,31 @@ def _peer_of(flow: str) -> str:
     return flow[flow.index("> ") :]
 
 
-def _details(frame: Frame, look: Look) -> list[str]:
+def _details(frame: Frame, display: Display) -> list[str]:
     line = next((each for each in frame.table.lines if each.name == frame.name), None)
     minute = f"  last minute: {causes(line.causes) or 'no retransmissions'}" if line else ""
     peers = [each.flow.partition(" > ")[2] for each in frame.details or ()]
     has_hosts = len({each.host for each in frame.details or ()}) > 1
     possible = [each for each in _DETAILS if has_hosts or each.title != "HOST"]
-    columns, _ = _without_the_last(possible, look.width - max(map(size, peers), default=0))
+    columns, _ = _without_the_last(possible, display.width - max(map(size, peers), default=0))
     head = " ".join([*(fit(each.title, each.width) for each in columns), "FLOW"])
-    lines = [cut(frame.name + minute, look.width), "", _paint(fit(head, -look.width), "reverse", look)]
+    lines = [cut(frame.name + minute, display.width), "", _paint(fit(head, -display.width), "reverse", display)]
     for each, peer in zip(frame.details or (), peers, strict=True):
         text = " ".join([*(fit(column.text(each), column.width) for column in columns), ""])
         # Narrow screens show the peer alone.
-        lines.append(cut(text + (each.flow if size(text + each.flow) <= look.width else peer), look.width))
+        lines.append(cut(text + (each.flow if size(text + each.flow) <= display.width else peer), display.width))
     return lines
 
 
-def _foot(frame: Frame, look: Look) -> list[str]:
+def _foot(frame: Frame, display: Display) -> list[str]:
     if frame.message:
         typed, *error = frame.message.split("\n")
-        if not error and size(typed) > look.width:
-            typed = f"~{typed[1 - look.width :]}"  # the end, where more is typed
-        return [cut(typed, look.width), *(_paint(cut(each, look.width), "bold red", look) for each in error)]
+        if not error and size(typed) > display.width:
+            typed = f"~{typed[1 - display.width :]}"  # the end, where more is typed
+        return [cut(typed, display.width), *(_paint(cut(each, display.width), "bold red", display) for each in error)]
     if frame.has_help or frame.details is not None:
-        return [cut("esc=back q)uit" if frame.has_help else "esc=back q)uit  up, down=other lines", look.width)]
-    return [_paint(cut(_HELP if look.width >= len(_HELP) else _SHORT_HELP, look.width), "dim", look)]
+        return [cut("esc=back q)uit" if frame.has_help else "esc=back q)uit  up, down=other lines", display.width)]
+    return [_paint(cut(_HELP if display.width >= len(_HELP) else _SHORT_HELP, display.width), "dim", display)]
 
 
 def _style(line: Line) -> str:
@@ -263,5 +263,5 @@ def _style(line: Line) -> str:
     return "bold red" if (line.ratio or 0) >= _HIGH_RATIO else "yellow"
 
 
-def _paint(text: str, style: str, look: Look) -> str:
-    return styled(text, style) if look.color and style else text
+def _paint(text: str, style: str, display: Display) -> str:
+    return styled(text, style) if display.color and style else text

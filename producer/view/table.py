@@ -12,7 +12,7 @@ from producer.connections import service_port
 from producer.consume.addresses import subnet
 from producer.events import CAUSES, Ints
 from producer.host.endpoints import endpoint
-from producer.view.flows import HISTORY_S, Flows, Happened, interval
+from producer.view.flows import HISTORY_S, Activity, Flows, interval
 from producer.view.limits import IDLE, LIMITS, limits
 
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
@@ -75,16 +75,16 @@ class Detail(NamedTuple):
 def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count: int) -> Table:
     """Return the first `count` lines, grouped and sorted."""
     names, group_of_slot = _groups(flows, by)
-    happened = flows.happened(now_s)
-    grouped = happened.select(happened.retransmitted > 0) if by == "cause" else happened
+    activity = flows.activity(now_s)
+    grouped = activity.select(activity.retransmitted > 0) if by == "cause" else activity
     group = grouped.cause if by == "cause" else group_of_slot[grouped.slot]
     view = _View(flows, grouped, group, group_of_slot, len(names), now_s, window_s)
     active = view.active()
     keys = -names.ranks() if sort == "name" else view.sort_key(sort)
     order = active[np.argsort(-keys[active], kind="stable")].tolist()
     shown = sorted(order[:count], key=lambda each: (-keys[each], _natural(names(each))))
-    all_of_it = (np.zeros_like(happened.slot), np.zeros(len(flows.rows), np.int64))
-    whole = _View(flows, happened, *all_of_it, 1, now_s, window_s)
+    all_of_it = (np.zeros_like(activity.slot), np.zeros(len(flows.rows), np.int64))
+    whole = _View(flows, activity, *all_of_it, 1, now_s, window_s)
     lines = [view.line(each, names(each)) for each in shown]
     return Table(whole.line(0, "total"), lines, len(order))
 
@@ -92,15 +92,15 @@ def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count
 def details(flows: Flows, by: str, name: str, now_s: float, count: int) -> list[Detail]:
     """Return the connections of a line with the most retransmissions in the last minute."""
     names, group_of_slot = _groups(flows, by)
-    happened = flows.happened(now_s)
+    activity = flows.activity(now_s)
     if by == "cause":
-        slots = np.unique(happened.slot[(happened.retransmitted > 0) & (happened.cause == CAUSES.index(name))])
+        slots = np.unique(activity.slot[(activity.retransmitted > 0) & (activity.cause == CAUSES.index(name))])
     else:
         found = [each for each in range(len(names)) if names(each) == name]
         slots = np.flatnonzero(np.isin(group_of_slot, found))
     retransmitted, resent, segs = (
-        np.bincount(happened.slot, column, len(flows.rows))
-        for column in (happened.retransmitted, happened.resent, happened.segs)
+        np.bincount(activity.slot, column, len(flows.rows))
+        for column in (activity.retransmitted, activity.resent, activity.segs)
     )
     worst = slots[np.argsort(-retransmitted[slots], kind="stable")][:count]
     rows, flow_name = flows.rows[worst], _flow_names(flows)
@@ -200,7 +200,7 @@ class _View:
     def __init__(
         self,
         flows: Flows,
-        happened: Happened,
+        activity: Activity,
         group: Ints,
         group_of_slot: Ints,
         count: int,
@@ -208,16 +208,16 @@ class _View:
         window_s: float,
     ) -> None:
         self._rows, self._group_of_slot = flows.rows, group_of_slot
-        self._happened, self._group, self._now_s, self._window_s = happened, group, now_s, window_s
-        recent = happened.at_s > now_s - window_s
-        sums = (happened.segs, happened.resent, happened.retransmitted, happened.failed)
+        self._activity, self._group, self._now_s, self._window_s = activity, group, now_s, window_s
+        recent = activity.at_s > now_s - window_s
+        sums = (activity.segs, activity.resent, activity.retransmitted, activity.failed)
         self.segs, self.resent, self.retransmitted, self.failed = (
             np.bincount(group[recent], column[recent], count) for column in sums
         )
         is_open = ~self._rows["closed"] & (self._rows["seen_s"] > now_s - _OPEN_S) & self._rows["counted"]
         self._open = is_open & (group_of_slot >= 0)
         self.flows = np.bincount(group_of_slot[self._open], minlength=count)
-        self._minute = np.bincount(group, happened.retransmitted + happened.failed, count)
+        self._minute = np.bincount(group, activity.retransmitted + activity.failed, count)
 
     def active(self) -> Ints:
         """Return the groups with traffic in the window, or retransmissions in the last minute, or open connections."""
@@ -248,10 +248,10 @@ class _View:
     def line(self, group: int, name: str) -> Line:
         """Return the line of a group."""
         chosen = self._group == group
-        happened = self._happened.select(chosen & (self._happened.retransmitted > 0))
-        age = np.minimum((self._now_s - happened.at_s).astype(np.int64), HISTORY_S - 1)
-        history = np.bincount(HISTORY_S - 1 - age, happened.retransmitted, HISTORY_S).astype(np.int64)
-        causes = np.bincount(happened.cause, happened.retransmitted, len(CAUSES)).astype(np.int64).tolist()
+        activity = self._activity.select(chosen & (self._activity.retransmitted > 0))
+        age = np.minimum((self._now_s - activity.at_s).astype(np.int64), HISTORY_S - 1)
+        history = np.bincount(HISTORY_S - 1 - age, activity.retransmitted, HISTORY_S).astype(np.int64)
+        causes = np.bincount(activity.cause, activity.retransmitted, len(CAUSES)).astype(np.int64).tolist()
         rows = self._rows[(self._group_of_slot == group) & self._open]
         srtt = rows["srtt_us"][rows["srtt_us"] > 0]
         p50, p95 = np.percentile(srtt, [50, 95]).astype(np.int64).tolist() if len(srtt) else (None, None)

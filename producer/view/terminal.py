@@ -13,13 +13,13 @@ from typing import Self
 
 from producer.errors import OutputError
 from producer.host import signals
-from producer.view.screen import Look
+from producer.view.screen import Display
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _CLEAR_LINE, _HIDE_CURSOR = "\x1b[H", "\x1b[K", "\x1b[?25l"
 _READ_BYTES = 1024
 _USUAL = 80, 24
-"""Columns and lines of a terminal that does not say, such as a serial console."""
+"""Columns and lines of a terminal that does not report its size, such as a serial console."""
 _ESCAPES = {
     "\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down", "\x1b[5~": "page up", "\x1b[6~": "page down",
     "\x1b[H": "home", "\x1bOH": "home", "\x1b[1~": "home",
@@ -72,12 +72,12 @@ class Terminal:
         termios.tcsetattr(self._input, termios.TCSANOW, self._settings)
         self._write(_LEAVE)
 
-    def look(self) -> Look:
+    def display(self) -> Display:
         """Return what the screen can show now."""
         size = os.get_terminal_size(self._output)
         # Not the stream's encoding, which Python takes to be UTF-8 with LC_ALL=C, too.
         unicode = locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
-        return Look(size.columns or _USUAL[0], size.lines or _USUAL[1], self._color, unicode)
+        return Display(size.columns or _USUAL[0], size.lines or _USUAL[1], self._color, unicode)
 
     def draw(self, lines: list[str]) -> None:
         """Show as many lines as the screen has; foreign text in them must be printable."""

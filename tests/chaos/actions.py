@@ -114,7 +114,6 @@ def wrong(scene: Scene, chance: random.Random) -> bytes:
             scene.config(f'{rule}cgroup = ["\\u0000"]'),
             scene.config(f'{rule}action = "keep\\u001b[31m"'),
             scene.config(f'{rule}no_such_key = "x"'),
-            scene.config(f'{rule}uid = ["no-such-user"]'),
             scene.config(f'{rule}interface = ["{"x" * 300}"]'),
             scene.config().replace(b"127.0.0.1:", b"127.0.0.1:9"),
             scene.config().replace(b"spill_after_s = 1.0", b"spill_after_s = nan"),

@@ -178,7 +178,7 @@ def test_a_topic_that_is_missing_is_named_with_what_makes_it(kafka, tmp_path):
     assert "run `rebpf init" in done.stderr.splitlines()[-1]
 
 
-def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, caplog):
+def test_firing_alerts_are_read_back_without_tombstones_and_foreign_messages(kafka, caplog):
     config = Config(kafka=Kafka(topic_prefix="known.", brokers=kafka.bootstrap))
     create_topics(config, 1, 1, alerts=True)
     fires, over, forgotten = (

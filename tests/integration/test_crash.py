@@ -98,7 +98,7 @@ def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, b
         scene.assert_flows_whole()
 
 
-def test_what_happens_while_no_producer_runs_is_delivered_by_the_next(broker, bpffs, tmp_path):
+def test_events_between_two_producers_are_delivered_by_the_second(broker, bpffs, tmp_path):
     config = prepare(broker, "between.", tmp_path)
     with Echo() as echo, captured(echo.port) as segments:
         run = start(tmp_path, broker, bpffs, echo.port, config)

@@ -167,7 +167,7 @@ def test_leader_change_and_loss_of_one_of_three_brokers(cluster, tmp_path):
     at.assert_nothing_is_missing()
 
 
-def test_loss_of_two_of_three_brokers_where_each_event_has_to_be_on_two(cluster, tmp_path):
+def test_loss_of_two_of_three_brokers_if_each_event_has_to_be_on_two(cluster, tmp_path):
     create_topics(cluster, "alone.")
     with scene(tmp_path, cluster.bootstrap, "alone.") as at:
         at.exchange()
@@ -190,7 +190,7 @@ def test_loss_of_two_of_three_brokers_where_each_event_has_to_be_on_two(cluster,
     at.assert_nothing_is_missing()
 
 
-def test_topic_missing_hurts_no_other(kafka, tmp_path):
+def test_a_missing_topic_does_not_affect_the_others(kafka, tmp_path):
     create_topics(kafka, "missing.", TRANSMIT)
     port = free_port()
     with scene(tmp_path, kafka.bootstrap, "missing.", settings=IMPATIENT, ports=(port,)) as at:

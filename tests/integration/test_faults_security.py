@@ -57,7 +57,7 @@ def grant(secure: SecureKafka, user: str, prefix: str) -> None:
         secure.grant(user, prefix + topic)
 
 
-def test_topic_not_authorized_any_more_hurts_no_other(secure, tmp_path):
+def test_a_topic_that_is_no_longer_authorized_does_not_affect_the_others(secure, tmp_path):
     create_topics(secure, "revoked.")
     user, port = USERS[PLAIN], free_port()
     grant(secure, user, "revoked.")
@@ -101,7 +101,7 @@ def test_sasl_password_refused_until_the_broker_has_it(secure, tmp_path):
 
 
 @pytest.mark.parametrize("renewed", ["certificate", "password"])
-def test_what_the_brokers_refuse_is_read_again_once_it_was_renewed(secure, tmp_path, renewed):
+def test_renewed_certificates_and_secrets_are_read_again_after_a_refusal(secure, tmp_path, renewed):
     """An agent of the site renews short-lived files, and restarts nobody."""
     prefix = f"renewed-{renewed}."
     create_topics(secure, prefix)

@@ -79,7 +79,7 @@ def test_init_says_which_setting_of_a_topic_kafka_rejects(kafka, config):
     assert "retention.mss" in done.stderr
 
 
-def test_init_creates_what_alerts_need_where_it_is_asked_to(kafka, config):
+def test_init_creates_what_alerts_need_if_asked_to(kafka, config):
     plain = rebpf("init", "--config", config("watch."), "--brokers", kafka.bootstrap)
     assert "tcp_alert" not in plain.stdout
     done = rebpf("init", "--config", config("watch."), "--brokers", kafka.bootstrap, "--alerts", "--partitions", 3)

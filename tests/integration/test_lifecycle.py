@@ -62,7 +62,7 @@ def test_it_ends_by_itself_after_its_duration(tmp_path):
 
 
 @pytest.mark.parametrize("spool", [True, False])
-def test_what_cannot_be_delivered_in_time_waits_on_disk_or_is_lost_where_there_is_no_spool(tmp_path, spool):
+def test_undelivered_events_go_to_disk_or_are_lost_without_a_spool(tmp_path, spool):
     config = "kafka.stop_timeout_s = 0.5\n" + ("" if spool else "spool.transmit_bytes = 0\n")
     with Echo() as echo:
         arguments = ["--brokers", NOWHERE, "--port", echo.port]

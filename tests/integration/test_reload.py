@@ -63,11 +63,11 @@ def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong
         run.finish()
 
 
-def test_what_does_not_fit_this_host_is_refused_with_file_and_line(tmp_path: Path) -> None:
-    expected = r"rebpf\.toml: line 4: rule 2: no user has the name 'no-such-user'"
+def test_settings_that_do_not_fit_this_host_are_refused_with_file_and_line(tmp_path: Path) -> None:
+    expected = r"rebpf\.toml: line 4: rule 2: /no/such/file: No such file"
     with Run(tmp_path, config=only(443)) as run:
         run.ready()
-        run.config.write_text('[[rules]]\nname = "all"\n\n[[rules]]\nuid = ["no-such-user"]\n')
+        run.config.write_text('[[rules]]\nname = "all"\n\n[[rules]]\naddress = ["@/no/such/file"]\n')
         done = rebpf("reload", "--state-dir", run.state_dir)  # as in the unit
         assert done.returncode == 78
         assert re.search(f"rejects the configuration: .*{expected}", done.stderr)

@@ -229,7 +229,7 @@ def test_without_transmits_no_topic_is_needed_for_them_and_own_connections_have_
     assert {each["dport"] for each in records if each["sport"] == broker} <= clients, "the other end of an own one"
 
 
-def test_what_is_on_disk_of_a_stream_that_was_turned_off_is_delivered(kafka, tmp_path, echo):
+def test_spooled_events_of_a_stream_that_was_turned_off_are_delivered(kafka, tmp_path, echo):
     config = '[kafka]\ntopic_prefix = "off."\n[spool]\nspill_after_s = 0.1\n'
     init(config, tmp_path, kafka)
     arguments = ["--port", echo.port]

@@ -189,7 +189,7 @@ def test_a_registry_that_wants_a_certificate(registry, authority, tmp_path):
             assert finding["subject"].startswith("schema ") == is_let_in, finding
 
 
-def test_certificates_that_are_not_there_are_a_configuration_error(tmp_path):
+def test_missing_certificates_are_a_configuration_error(tmp_path):
     config = tmp_path / "rebpf.toml"
     config.write_text('[registry]\nurl = "https://127.0.0.1:1"\nca = "/none.pem"\n')
     done = rebpf("check", "--config", config, "--json")

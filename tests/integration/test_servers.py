@@ -96,14 +96,14 @@ def test_an_empty_topic_reads_as_no_messages(kafka):
     assert kcat_messages(kafka.bootstrap, "empty") == []
 
 
-def test_reading_a_topic_that_is_not_there_fails(kafka):
+def test_reading_a_missing_topic_fails(kafka):
     with pytest.raises(RuntimeError, match="Unknown topic"):
         kcat_messages(kafka.bootstrap, "never-created")
 
 
 @pytest.mark.extended
 @pytest.mark.usefixtures("servers_present")
-def test_a_killed_broker_comes_back_on_its_port_with_its_messages(tmp_path):
+def test_a_killed_broker_restarts_on_its_port_with_its_messages(tmp_path):
     pairs = [(str(i).encode(), os.urandom(101)) for i in range(503)]
     with KafkaServer(tmp_path, num_partitions=2) as kafka:
         kafka.create_topic("kept")
@@ -163,7 +163,7 @@ def test_an_unknown_subject_is_404(client):
 
 @pytest.mark.extended
 @pytest.mark.usefixtures("servers_present")
-def test_a_killed_registry_comes_back_at_its_url_with_its_ids(tmp_path):
+def test_a_killed_registry_restarts_at_its_url_with_its_ids(tmp_path):
     with SchemaRegistry(tmp_path) as registry:
         url = registry.url
         with SchemaRegistryClient({"url": url, "timeout": 10}) as client:

@@ -95,7 +95,7 @@ def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, sta
     assert max(each["spooled"] for each in samples) >= 10_000
 
 
-def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, start):
+def test_a_stop_during_an_outage_leaves_spooled_events_to_the_next_start(mortal, start):
     scene = start("[spool]\nspill_after_s = 0.5\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
@@ -119,7 +119,7 @@ def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, sta
     assert second["delivered"] == second["passed"]
 
 
-def test_kill_9_during_an_outage_leaves_what_waits_on_disk_to_the_next_start(mortal, start):
+def test_kill_9_during_an_outage_leaves_spooled_events_to_the_next_start(mortal, start):
     scene = start("[spool]\nspill_after_s = 0.5\n")
     with outage(mortal), Steady(scene.port, SENDS) as traffic:
         scene.wait_for("spooled", 20_000)
@@ -158,7 +158,7 @@ def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal
     gaps_are_what_is_lost(scene, mortal, "ring_full")
 
 
-def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal, start):
+def test_with_drop_oldest_a_full_spool_discards_the_oldest_events_and_counts_them(mortal, start):
     scene = start('[spool]\nwhen_full = "drop_oldest"\ntransmit_bytes = 2097152\nspill_after_s = 0.5\n')
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
@@ -170,7 +170,7 @@ def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal
     gaps_are_what_is_lost(scene, mortal, "spool_dropped")
 
 
-def test_a_spool_that_keeps_the_old_leaves_the_new_to_the_ring(mortal, start):
+def test_with_reject_a_full_spool_leaves_new_events_in_the_ring(mortal, start):
     small = "[spool]\ntransmit_bytes = 1048576\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
     scene = start(small)
     with Steady(scene.port, SENDS) as traffic:
@@ -271,7 +271,7 @@ def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mort
     gaps_are_what_is_lost(scene, mortal, "ring_full")
 
 
-def test_spool_damaged_is_passed_over_counted_and_set_aside(mortal, start):
+def test_a_damaged_spool_file_is_skipped_counted_and_set_aside(mortal, start):
     scene = start("[spool]\nspill_after_s = 0.5\n")
     with outage(mortal), Steady(scene.port, SENDS) as traffic:
         scene.wait_for("spooled", 60_000)

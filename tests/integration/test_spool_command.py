@@ -168,7 +168,7 @@ def test_without_a_broker_replay_changes_nothing(place):
         assert spool_folders.tree(place.state) == before
 
 
-def test_a_topic_that_is_missing_holds_up_no_other(kafka, tmp_path):
+def test_a_topic_that_is_missing_does_not_delay_the_others(kafka, tmp_path):
     place = Place(tmp_path, kafka, "halves.")
     kafka.create_topic("halves.tcp_retransmit", PARTITIONS)
     spool_folders.fill(place.state, batches=2, size=SIZE)
@@ -219,7 +219,7 @@ def acked(state: Path) -> int:
     return account.acked if account else 0
 
 
-def test_what_kafka_refuses_lies_in_the_quarantine_until_it_is_taken(place):
+def test_rejected_messages_stay_in_the_quarantine_until_they_are_replayed(place):
     kafka, topic = place.kafka, place.prefix + TRANSMIT
     spool_folders.fill(place.state, batches=3, size=SIZE)
     kafka.set_topic(topic, {"max.message.bytes": "100"})
@@ -247,7 +247,7 @@ def test_what_kafka_refuses_lies_in_the_quarantine_until_it_is_taken(place):
 
 
 @pytest.mark.root
-def test_while_a_producer_runs_there_is_only_a_look(place, tmp_path):
+def test_while_a_producer_runs_the_spool_can_only_be_shown(place, tmp_path):
     spool_folders.fill(place.state, batches=2, size=SIZE)
     away = f"127.0.0.1:{free_port()}"
     with place.run(tmp_path, "--port", UNUSED_PORT, brokers=away) as run:
@@ -290,7 +290,7 @@ def test_a_run_after_a_stop_has_nothing_to_carry(place, tmp_path, how):
 
 @pytest.mark.root
 @pytest.mark.parametrize("how", ["replay", "drop"])
-def test_a_run_with_the_same_rings_goes_on_where_the_command_ended(place, bpffs, tmp_path, how):
+def test_a_run_with_the_same_rings_continues_where_the_command_ended(place, bpffs, tmp_path, how):
     options = ["--pin", bpffs / "pins"]
     with Echo() as echo, captured(echo.port) as segments:
         options += ["--port", echo.port]

@@ -129,7 +129,7 @@ def topics(kafka: KafkaServer, request: pytest.FixtureRequest) -> Topics:
     return Topics(kafka, re.sub(r"\W", "-", request.node.name) + ".")
 
 
-def test_whole_topics_are_complete_and_nothing_is_left_behind(topics: Topics, tmp_path) -> None:
+def test_complete_topics_are_reported_so_and_nothing_is_left_behind(topics: Topics, tmp_path) -> None:
     events = [*run_of("web-1", "boot-a", 4, range(1, 5001)), *run_of("web-2", "boot-b", 2, range(1, 12))]
     for stream in STREAMS:
         topics.put(stream, events)
@@ -237,7 +237,7 @@ def test_random_faults_of_many_hosts_are_those_that_a_count_by_hand_finds(topics
         assert boot["out_of_order"] == late
 
 
-def test_what_retention_deleted_is_no_gap_and_what_is_missing_after_it_is(topics: Topics) -> None:
+def test_events_deleted_by_retention_are_no_gap_and_later_missing_ones_are(topics: Topics) -> None:
     minute_ms, now_ms = 60_000, START_NS // 1_000_000
     old = run_of("web-1", "boot-a", 2, range(1, 1000))
     new = [each for each in run_of("web-1", "boot-a", 2, range(1000, 2000)) if each.cpu_seq != 1500]

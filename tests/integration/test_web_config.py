@@ -53,7 +53,7 @@ def test_a_producer_serves_by_tls_and_its_status_is_known_to_root_alone(tmp_path
     assert run.log.count("the previous settings stay in force") == 1
 
 
-def test_what_check_refuses_a_start_refuses(tmp_path):
+def test_check_and_a_start_refuse_the_same(tmp_path):
     file = tmp_path / "web.yml"
     file.write_text("rate_limit: {burst: 1}")
     said = f"line 3: metrics.web_config_file: {file}: rate_limit: not supported"

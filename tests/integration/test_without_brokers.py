@@ -57,7 +57,7 @@ def id_of(record: dict[str, Any]) -> tuple[int, int]:
     return record["cpu"], record["cpu_seq"]
 
 
-def test_tail_stops_after_so_many_events(tmp_path):
+def test_tail_stops_after_the_given_number_of_events(tmp_path):
     with Echo() as echo, Run(tmp_path, "--port", echo.port) as run:
         run.ready()
         exchange(echo.port, 3)

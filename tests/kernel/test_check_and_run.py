@@ -17,6 +17,7 @@ RIGHT = [
     "[[rules]]\nuid = [0]",
     '[[rules]]\ninterface = ["no-such0"]\nnetns = ["no-such"]',
     'kafka.settings."max.in.flight" = 5',
+    '[[rules]]\nuid = ["nobody-of-this-name"]',
 ]
 WRONG = [
     'metrics.listen = "127.0.0.1:99999"',
@@ -27,7 +28,7 @@ WRONG = [
     'kafka.settings."delivery.report.only.error" = true',
     'kafka.settings."security.protocol" = "ssl"\nkafka.settings."ssl.ca.location" = "/none"',
     'registry.url = "http://127.0.0.1:1"\nregistry.auth = "/none"',
-    '[[rules]]\nuid = ["nobody-of-this-name"]',
+    '[[rules]]\naddress = ["@/none"]',
 ]
 _ROUNDS = 8
 

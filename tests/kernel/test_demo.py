@@ -75,7 +75,7 @@ def is_explained(row: dict[str, Any], reasons: list[str]) -> bool:
     return row["difference"] == 0 or (row["difference"] < 0 and bool(reasons))
 
 
-def test_the_events_hold_against_the_kernels_counters(folder: Path) -> None:
+def test_the_events_agree_with_the_kernels_counters(folder: Path) -> None:
     process = start(folder, "--duration", "7", "--loss", "0.02", "--json")
     out, err = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, err

@@ -1,7 +1,6 @@
 """The records of connections: one closing record for each, sums equal to the kernel's counters, and its process."""
 
 import contextlib
-import ctypes
 import errno
 import socket
 import struct
@@ -20,6 +19,7 @@ from tests.support.capture import (
     Pair,
     Recording,
     cookie_of,
+    disconnect,
     hook_settings,
     inside,
     rules,
@@ -348,11 +348,6 @@ def test_ipv6_has_the_same_record(flows: Recording, lab: Lab, port: int) -> None
     assert client["flow"]["sport"] == server["flow"]["dport"]
 
 
-def _disconnect(end: socket.socket) -> None:
-    """Dissolve the connection, by connect(2) with AF_UNSPEC."""
-    assert ctypes.CDLL(None).connect(end.fileno(), bytes(16), 16) == 0
-
-
 def test_a_socket_that_connects_again_has_a_record_for_each_connection(flows: Recording, lab: Lab, port: int) -> None:
     with contextlib.ExitStack() as stack:
         with inside(lab.server):
@@ -366,14 +361,14 @@ def test_a_socket_that_connects_again_has_a_record_for_each_connection(flows: Re
             assert len(accepted.recv(size, socket.MSG_WAITALL)) == size
             accepted.close()
             assert client.recv(1) == b""
-            _disconnect(client)
+            disconnect(client)
     rows = by_role(closed(flows, port, 4), "client")
     assert list(rows["bytes_sent"]) == [211, 307]
     assert rows["start_ns"][0] < rows["start_ns"][1]
     assert len(set(rows["flow"]["sk_cookie"])) == 1
 
 
-def test_what_the_rules_drop_and_the_producers_own_connections_have_no_record(lab: Lab, port: int) -> None:
+def test_dropped_and_own_connections_have_no_record(lab: Lab, port: int) -> None:
     settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with Recording(settings) as recording:
         with inside(lab.client), socket.create_server((lab.client.ipv4, port)) as listener:

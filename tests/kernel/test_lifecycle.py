@@ -341,7 +341,7 @@ def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert "CONFIG_DEBUG_INFO_BTF" in str(caught.value)
 
 
-def test_what_an_odd_parent_leaves_to_the_producer_keeps_it_neither_from_its_files_nor_from_its_stop(
+def test_signals_and_umask_of_an_odd_parent_affect_neither_files_nor_the_stop(
     tmp_path: Path,
 ) -> None:
     parent = [sys.executable, "-c", "import os, signal, sys; os.umask(0o777); "

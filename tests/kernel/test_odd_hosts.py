@@ -39,7 +39,7 @@ def test_without_free_descriptors_the_watchdog_is_notified_and_a_stop_delivers(t
 
 @pytest.mark.parametrize("config", ["", "# brokers = 'kafka-1:9092'", "\n[kafka]\n"])
 def test_a_service_whose_file_has_lost_its_brokers_is_degraded(tmp_path: Path, config: str) -> None:
-    """It delivers to the test broker: without a word, nobody would miss the events."""
+    """It delivers to the test broker: without a warning, nobody would miss the events."""
     with Manager(tmp_path) as manager:
         for service in ({}, {"NOTIFY_SOCKET": manager.address}):
             name = "service" if service else "by_hand"
@@ -129,7 +129,7 @@ def delivered_by(run: Run) -> int:
     return int(next(each["delivered"] for each in run.get("status")["streams"] if each["topic"] == TRANSMIT))
 
 
-def test_a_frozen_disk_costs_no_event_and_holds_only_what_is_written_to_it(disk: Path) -> None:
+def test_a_frozen_disk_costs_no_event_and_blocks_only_writes_to_it(disk: Path) -> None:
     """As the snapshot of a backup freezes it, here for longer, and during an outage of Kafka."""
     cluster = Cluster()
     for name in (TRANSMIT, "tcp_retransmit", "tcp_flow", "rebpf_agent"):

@@ -13,7 +13,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, STREAMS, Rows
 from producer.paths import BPF
-from tests.support.capture import Pair, Recording, hook_settings, inside, receive, rules, setting, wait_for
+from tests.support.capture import Pair, Recording, disconnect, hook_settings, inside, receive, rules, setting, wait_for
 from tests.support.rules import filtered
 
 pytestmark = pytest.mark.root
@@ -45,6 +45,24 @@ def test_a_connect_without_a_free_port_has_its_error(flows: Recording, lab: Lab,
     assert (row["known"] & KNOWN["error"], row["error"]) == (KNOWN["error"], errno.EADDRNOTAVAIL)
 
 
+def test_a_connect_that_sends_no_syn_does_not_have_the_sockets_earlier_error(
+    flows: Recording, lab: Lab, port: int
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with inside(lab.server):
+            listener = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+        with inside(lab.client):
+            client = stack.enter_context(socket.create_connection((lab.server.ipv4, port)))
+            stack.enter_context(socket.create_server(("", 40000)))
+        stack.enter_context(listener.accept()[0])
+        disconnect(client)  # leaves ECONNRESET
+        stack.enter_context(setting(lab.client, "net.ipv4.ip_local_port_range", "40000 40000"))
+        assert client.connect_ex((lab.server.ipv4, port)) == errno.EADDRNOTAVAIL
+    _, row = of_role(flows, port, "client", 2, "close")
+    assert (STATES[row["state"]], row["segs_out"]) == ("SYN_SENT", 0)
+    assert not row["known"] & KNOWN["error"]
+
+
 def test_a_connection_whose_beginning_no_program_has_seen_does_not_have_its_listeners_start(
     lab: Lab, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,28 +82,48 @@ def test_a_connection_whose_beginning_no_program_has_seen_does_not_have_its_list
     assert row["known"] & KNOWN["process"]
 
 
+def _fast_open(stack: contextlib.ExitStack, lab: Lab, port: int) -> tuple[socket.socket, socket.socket]:
+    """Return a client that has sent "hello" with its SYN, whose SYN-ACK is lost, and the server's end."""
+    lost = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
+    for host, without_cookie in ((lab.client, 0x5), (lab.server, 0x202)):
+        stack.enter_context(setting(host, "net.ipv4.tcp_fastopen", without_cookie))
+    with inside(lab.server):
+        listener = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+    with inside(lab.client):
+        client = stack.enter_context(socket.socket())
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
+    stack.enter_context(rules(lab.client, "prerouting", lost))
+    client.setblocking(False)  # it does not wait for the SYN-ACK
+    client.sendto(b"hello", socket.MSG_FASTOPEN, (lab.server.ipv4, port))
+    client.setblocking(True)
+    accepted = stack.enter_context(listener.accept()[0])
+    receive(accepted, 5)
+    return client, accepted
+
+
 def test_a_server_that_closes_within_tcp_fast_opens_handshake_has_its_start(
     flows: Recording, lab: Lab, port: int
 ) -> None:
     """Usual over any distance; without its start, alerts and metrics would take it for an older connection."""
-    lost = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
     with contextlib.ExitStack() as stack:
-        for host, without_cookie in ((lab.client, 0x5), (lab.server, 0x202)):
-            stack.enter_context(setting(host, "net.ipv4.tcp_fastopen", without_cookie))
-        with inside(lab.server):
-            listener = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
-        with inside(lab.client):
-            client = stack.enter_context(socket.socket())
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
-        stack.enter_context(rules(lab.client, "prerouting", lost))
-        client.setblocking(False)  # it does not wait for the SYN-ACK
-        client.sendto(b"hello", socket.MSG_FASTOPEN, (lab.server.ipv4, port))
-        client.setblocking(True)
-        with listener.accept()[0] as accepted:
-            receive(accepted, 5)
+        client, accepted = _fast_open(stack, lab, port)
+        accepted.close()
         assert client.recv(1) == b""
     (row,) = of_role(flows, port, "server", 1, "close")
     assert row["known"] & KNOWN["start_ns"]
+
+
+def test_a_server_that_is_reset_within_tcp_fast_opens_handshake_has_a_record(
+    flows: Recording, lab: Lab, port: int
+) -> None:
+    """The client has closed its socket, so the repeated SYN-ACK gets a reset."""
+    with contextlib.ExitStack() as stack:
+        client, accepted = _fast_open(stack, lab, port)
+        client.close()
+        with pytest.raises(ConnectionResetError):
+            accepted.recv(1)
+        (row,) = of_role(flows, port, "server", 1, "close")
+    assert (STATES[row["state"]], row["error"], row["bytes_received"]) == ("SYN_RECV", errno.ECONNRESET, 5)
 
 
 def test_subflows_that_the_kernel_adds_to_multipath_tcp_have_no_process(flows: Recording, port: int) -> None:

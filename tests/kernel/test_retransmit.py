@@ -283,7 +283,9 @@ def test_a_retransmission_that_another_program_drops_is_one_event(capture: Recor
     assert missing in range(skips.of(RETRANSMITS) + 1), again[["cause", "err"]]
 
 
-def test_what_a_netfilter_queue_delays_is_a_retransmit_only_if_it_is_one(capture: Recording, port: int) -> None:
+def test_a_segment_that_a_netfilter_queue_delays_is_not_taken_for_a_retransmission(
+    capture: Recording, port: int
+) -> None:
     """When the hook sees a packet again, TCP has already counted it as sent."""
     with Lab(loss=0) as lab, contextlib.ExitStack() as stack:
         try:

@@ -202,7 +202,7 @@ def send_from(lab: Lab, cgroup: Path, port: int) -> None:
         assert child.wait(60) == 0
 
 
-def test_a_cgroup_is_a_condition_however_deep_the_socket_is(
+def test_a_cgroup_matches_sockets_at_any_depth_below_it(
     ruled: Recording, lab: Lab, port: int, cgroups: list[Path]
 ) -> None:
     """Rules name the outermost folder, the deepest one that can be named, and an unrelated one."""

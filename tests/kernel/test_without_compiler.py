@@ -174,7 +174,7 @@ def test_programs_that_the_kernel_rejects_are_named_and_compiled_where_there_is_
         (lambda btf: btf.replace(b"\0pt_regs\0", b"\0pt_rags\0"), 69, "the BTF belongs to a kernel for another "),
     ],
 )  # fmt: skip
-def test_what_cannot_be_compiled_is_refused_in_one_line(
+def test_wrong_input_to_compile_is_refused_in_one_line(
     tmp_path: Path, content: Callable[[bytes], bytes] | None, code: int, says: str
 ) -> None:
     path = tmp_path / "btf"

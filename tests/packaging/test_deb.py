@@ -257,7 +257,7 @@ def test_its_configuration_is_refused_until_brokers_are_set_in_it(package: Packa
     assert load.load(changed) == load.Config().with_values(kafka__brokers="a:9092")
 
 
-def test_what_its_configuration_has_as_a_comment_is_right(package: Package, tmp_path: Path) -> None:
+def test_the_commented_settings_of_its_configuration_are_valid(package: Package, tmp_path: Path) -> None:
     _, _, settings = (package.root / "etc/rebpf/rebpf.toml").read_text().partition("\n\n")
     changed = tmp_path / "rebpf.toml"
     changed.write_text(settings.replace('brokers = ""', 'brokers = "a:9092"').replace("\n#", "\n"))

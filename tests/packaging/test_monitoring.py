@@ -245,14 +245,14 @@ def test_the_example_config_names_hosts_without_ports(prometheus):
     assert {series["instance"] for series in up} == {"127.0.0.1"}
 
 
-def test_whatever_the_rules_name_is_exposed(prometheus, rules):
+def test_every_metric_in_the_rules_is_exposed(prometheus, rules):
     for rule in rules:
         labels = assert_exists(prometheus, rule["query"])
         for text in rule.get("annotations", {}).values():
             assert set(re.findall(r"\$labels\.(\w+)", text)) <= labels, text
 
 
-def test_whatever_the_dashboard_names_is_exposed_and_every_query_has_an_answer(prometheus):
+def test_every_metric_on_the_dashboard_is_exposed_and_every_query_has_an_answer(prometheus):
     for panel, expression, legend in targets():
         title = panel["title"]
         assert_exists(prometheus, expression)

@@ -190,6 +190,11 @@ def cookie_of(end: socket.socket) -> int:
     return int.from_bytes(end.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
 
+def disconnect(end: socket.socket) -> None:
+    """Dissolve a connection, by connect(2) with AF_UNSPEC."""
+    assert _libc.connect(end.fileno(), bytes(16), 16) == 0
+
+
 @contextlib.contextmanager
 def rules(host: Host, hook: str, rule: str) -> Iterator[None]:
     """Install an nftables rule at `hook` (prerouting, output) of a host."""

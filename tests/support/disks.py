@@ -1,6 +1,7 @@
-"""A real file system of 1 MiB, for tests of what a full disk does. Mounting it needs root."""
+"""Full disks: a file system of 1 MiB, which only root can mount, and a limit on the size of files."""
 
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,3 +32,14 @@ def fill(folder: Path) -> Path:
             pass
     assert os.statvfs(folder).f_bavail == 0
     return path
+
+
+@contextmanager
+def files_of_at_most(size_bytes: int) -> Iterator[None]:
+    """Let this process write no larger files, even as root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -43,7 +43,7 @@ class PathsOfTests:
     def path(self, cgroup_id: int) -> str | None:
         return cgroup_path(cgroup_id)
 
-    def look(self, ids: Iterable[int] = ()) -> None: ...
+    def look_up(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def encoder_of(stream: Stream, schema: Mapping[str, Any] | None = None, key: Key = "flow") -> BatchEncoder:

@@ -14,7 +14,7 @@ from producer.host.cgroups import CgroupPaths
 from producer.host.clock import now
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
-from producer.spool.configured import ledger_path, quarantine_folder, spool_folder
+from producer.spool.from_config import ledger_path, quarantine_folder, spool_folder
 from producer.spool.spool import Spool
 
 FLOWS = 31

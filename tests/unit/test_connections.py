@@ -143,7 +143,7 @@ def test_without_room_a_connection_counts_when_it_closes() -> None:
     assert (found.slots.tolist(), found.counts[:, 0].tolist()) == ([0, -1, -1], [5, 0, 9])
 
 
-def test_what_is_dropped_counts_from_its_next_record() -> None:
+def test_a_connection_that_was_dropped_counts_from_its_next_record() -> None:
     made = table(most=4)
     added(made, *(Record(key, 200 + key, 5, 150) for key in range(4)))
     assert made.make_room(2) == 2

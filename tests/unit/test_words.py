@@ -30,6 +30,7 @@ RETIRED = (
     "how-manieth",
     "once more",
     "embedded broker",
+    "without a word",
 )
 PATTERN = re.compile(rf"\b({'|'.join(RETIRED)})\b", re.IGNORECASE)
 SUFFIXES = {"", ".py", ".c", ".h", ".md", ".yml", ".toml", ".sql", ".service", ".conf", ".avsc", ".json"}

@@ -24,7 +24,7 @@ from producer.kernel.program_cache import Compiled, ProgramCache
 from producer.kernel.sequence import EventNumbers
 from producer.pipeline.ledger import Account, Ledger
 from producer.registry.schema_ids import SchemaIds
-from producer.spool.configured import new_spool
+from producer.spool.from_config import new_spool
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.known import KNOWN
 from tests.fuzz.mutation import mutated, mutated_json
@@ -144,7 +144,7 @@ def _spools() -> Iterator[Check]:
             if found != 7 or any(count < 0 for count in spool.lost.values()):
                 raise FindingError(f"read {found} events, lost {spool.lost}")
             with contextlib.suppress(RebpfError):
-                spool_show.look(config)
+                spool_show.spooled(config)
                 spool_show.verify(config)
 
         yield check

@@ -201,7 +201,7 @@ class _OneCgroup:
     def path(self, cgroup_id: int) -> str:
         return self._path
 
-    def look(self, ids: Iterable[int] = ()) -> None: ...
+    def look_up(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def _encoder(stream: Stream, host: str, cgroup: str) -> BatchEncoder:

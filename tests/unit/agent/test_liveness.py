@@ -37,3 +37,17 @@ def test_a_stop_is_reported_although_a_heartbeat_is_in_flight() -> None:
     liveness.step()
     liveness.last()
     assert sink.states == ["ok", "stopped"]
+
+
+def test_a_service_manager_that_is_gone_is_one_warning_per_kind(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
+    monkeypatch.setenv("WATCHDOG_USEC", "2")
+    sink: Any = Sink()
+    liveness = Liveness(StatusBoard(), None, sink, lambda: status(reasons=()))
+    for _ in range(3):
+        liveness.note()
+        liveness.last()
+    assert [each.getMessage().partition(": the service")[0] for each in caplog.records] == [
+        "systemd: cannot send WATCHDOG=1",
+        "systemd: cannot send the status",
+    ]

@@ -152,22 +152,24 @@ def test_a_reload_applies_what_it_can_and_names_what_needs_a_restart() -> None:
 
 
 def test_a_refused_reload_changes_no_setting() -> None:
-    wrong = Config(rules=(RuleConfig(uid=("no such user",)),)).with_values(capture__latency_s=0.5, log_level="error")
+    wrong = Config(rules=(RuleConfig(address=("@/no/such/file",)),)).with_values(
+        capture__latency_s=0.5, log_level="error"
+    )
     in_force = rules(Clock(), lambda: wrong)
     reload(in_force)
-    assert "no such user" in in_force.refusal
+    assert "/no/such/file" in in_force.refusal
     assert in_force.config == Config()
     assert logging.getLogger("producer").level == logging.INFO
 
 
 def test_a_rule_that_does_not_fit_the_host_is_refused_with_its_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "rebpf.toml"
-    path.write_text('\n[[rules]]\nuid = ["no such user"]\n')
+    path.write_text('\n[[rules]]\naddress = ["@/no/such/file"]\n')
     hooks: Any = Hooks()
     reader = ConfigReader(lambda: load(path), located=lambda: located(path))
     in_force = InForce(hooks, Config(), resolve(Config(), None), reader, None)
     reload(in_force)
-    assert in_force.refusal.startswith(f"{path}: line 2: rule 1: no user has the name 'no such user'")
+    assert in_force.refusal.startswith(f"{path}: line 2: rule 1: /no/such/file: No such file")
 
 
 def test_the_reason_of_a_refusal_is_a_bounded_printable_line() -> None:
@@ -225,7 +227,7 @@ def test_a_file_that_changes_during_the_start_is_reloaded() -> None:
     assert reads == [1, 2]
 
 
-def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
+def test_a_file_that_takes_long_does_not_block_the_loop() -> None:
     may_end = threading.Event()
 
     def read() -> Config:
@@ -243,8 +245,8 @@ def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
     assert in_force.config.capture.latency_s == 0.5
 
 
-def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at a file of NFS or FUSE may hang for ever; here, after the start."""
+def test_a_file_whose_disk_hangs_does_not_block_the_loop_and_health_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at a file of NFS or FUSE may hang forever; here, after the start."""
     may_end, threads = threading.Event(), [threading.get_ident()]
     watching = Config().with_values(reload_when_changed=True)
 
@@ -281,14 +283,14 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     asked.set()
     in_force.follow(asked)
     (tmp_path / "new").mkdir()
-    in_force._look_at = 0
-    wait_until("the rules follow", lambda: in_force.look() or put)
+    in_force._lookup_at = 0
+    wait_until("the rules follow", lambda: in_force.follow_names() or put)
     assert (in_force.busy, in_force.version, len(put)) == (True, 2, 1)
     may_end.set()
     follow(in_force, asked)
 
 
-def test_many_writes_into_the_kernel_do_not_hold_the_loop() -> None:
+def test_many_writes_into_the_kernel_do_not_block_the_loop() -> None:
     hooks, asked = Hooks(), Asked()
     are_over = False
     hooks.steps = itertools.takewhile(lambda _: not are_over, itertools.repeat(None))

@@ -18,7 +18,7 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS, TRANSMITS, EncodedBatch, Rows, SchemaId, Stream
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
-from producer.spool.configured import ledger_path, new_spool
+from producer.spool.from_config import ledger_path, new_spool
 from producer.spool.quarantine import Quarantine
 
 FRAME_BYTES = 5
@@ -123,7 +123,7 @@ def note(config: Config, account: Account) -> None:
     ledger.close()
 
 
-def test_what_the_ledger_says_of_the_last_old_ring_is_not_taken_for_an_older_ones(tmp_path: Path) -> None:
+def test_the_ledgers_position_in_the_last_old_ring_is_not_used_for_older_ones(tmp_path: Path) -> None:
     config = settings(tmp_path)
     note(config, Account("old", position=4 * STRIDE))
     older, last = Ring(0, 7), Ring(100, 11)
@@ -251,7 +251,7 @@ def test_events_have_the_labels_of_the_last_reload(tmp_path: Path) -> None:
     assert [labels_of(value) for value in sink.values] == [{"env": "test"}, {"env": "prod", "dc": "fra"}]
 
 
-def test_a_pipe_in_place_of_the_raw_quarantine_holds_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipe_in_place_of_the_raw_quarantine_blocks_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "quarantine" / "transmit.raw.jsonl"
     path.parent.mkdir()
     os.mkfifo(path)

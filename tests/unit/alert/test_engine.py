@@ -290,7 +290,7 @@ def test_a_ratio_of_data_leaves_out_acknowledgements_and_syns() -> None:
     assert run.decide(10) == [("web-1", True, 0.1)]
 
 
-def test_an_alert_says_what_is_behind_it() -> None:
+def test_an_alert_lists_its_contributors() -> None:
     run = Evaluation(AlertRule(name="loss", by="port", window_s=10))
     run.flows(
         flow(5, 100, host="a", causes={"fast": 3, "rto": 9}),

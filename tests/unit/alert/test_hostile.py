@@ -168,7 +168,7 @@ def test_a_flood_of_firing_groups_is_alerted_on_up_to_a_bound(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("fact", ['"5"', "null", "-1", "1e9", "NaN", "true", "[]"])
-def test_what_another_program_committed_is_no_time(fact: str) -> None:
+def test_offsets_of_another_program_are_not_taken_for_a_time(fact: str) -> None:
     assert decided_ns(f'{{"decided_ns": {fact}}}', NOW_NS) == 0
 
 

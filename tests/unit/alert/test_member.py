@@ -58,7 +58,7 @@ def running(cluster: Cluster, settings: Mapping[str, str]) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_group_of_another_program_is_named(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    """librdkafka tries to join for ever, so this member would be a standby without a word."""
+    """librdkafka tries to join forever, so this member would silently be a standby."""
     cluster.answer_with(JOIN_GROUP, *[KafkaError.INCONSISTENT_GROUP_PROTOCOL] * 100)
     named = r"group rebpf-alert: .* error=INCONSISTENT_GROUP_PROTOCOL \(another program has this group"
     with running(cluster, {}):
@@ -66,7 +66,7 @@ def test_a_group_of_another_program_is_named(cluster: Cluster, caplog: pytest.Lo
 
 
 @pytest.mark.slow
-def test_a_broker_that_hangs_does_not_hold_a_stop(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broker_that_hangs_does_not_block_a_stop(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_ANSWER_S", 1.0)
     cluster.track()
     with running(cluster, {"socket.timeout.ms": "300000", "session.timeout.ms": "300000"}):
@@ -81,7 +81,7 @@ def test_a_broker_that_hangs_does_not_hold_a_stop(cluster: Cluster, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_member_whose_secret_was_renewed_ends_to_be_started_again(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_member_whose_secret_was_renewed_exits_to_be_restarted(cluster: Cluster, tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_text("first")
     cluster.track()

@@ -104,7 +104,7 @@ def test_windows_of_a_backlog_are_decided_while_it_is_read_from_the_beginning() 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [3, 9], ids=["fewer messages than before", "more"])
-def test_a_topic_that_was_created_again_is_read_with_a_new_client(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recreated_topic_is_read_with_a_new_client(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""
     monkeypatch.setattr(reading, "_STALL_STEPS", 10)
     with closing(Cluster(brokers=3)) as cluster:

@@ -26,7 +26,7 @@ def hear(hosts: Hosts, second: float, heartbeat: dict[str, object] | None = None
 
 
 def look(hosts: Hosts, second: float) -> list[tuple[str, bool, float]]:
-    return [(each.group, each.firing, each.value) for each in hosts.look(int(second * SECOND_NS))]
+    return [(each.group, each.firing, each.value) for each in hosts.changes(int(second * SECOND_NS))]
 
 
 def silent_since(second: int) -> Alert:

@@ -145,7 +145,7 @@ def test_a_clock_that_is_ahead_begins_no_alert_after_its_end(receiver: Receiver,
     assert received["startsAt"] <= received["endsAt"]
 
 
-def test_of_one_alert_that_changed_twice_the_last_is_sent(receiver: Receiver) -> None:
+def test_only_the_last_of_two_changes_of_an_alert_is_sent(receiver: Receiver) -> None:
     Alertmanager(receiver.url, 60, pytest.fail).send([LOSS, replace(LOSS, firing=False)])
     (received,) = receiver.posted[0]
     assert received["annotations"]["summary"].startswith("host web-1 is resolved")
@@ -160,7 +160,7 @@ def test_temporary_failures_are_retried(receiver: Receiver, status: int) -> None
     assert len(receiver.posted) == 3
 
 
-def test_an_answer_that_breaks_off_is_none(receiver: Receiver) -> None:
+def test_a_truncated_answer_is_no_answer(receiver: Receiver) -> None:
     receiver.answers = [400]
     receiver.headers = {"Transfer-Encoding": "chunked"}  # which the body is not
     waits: list[float] = []
@@ -169,7 +169,7 @@ def test_an_answer_that_breaks_off_is_none(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 400, 404])
-def test_what_is_rejected_holds_up_nothing(receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int) -> None:
+def test_rejected_alerts_do_not_delay_others(receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int) -> None:
     receiver.answers = [status]
     receiver.headers = {"Location": "/"}
     sink = Alertmanager(receiver.url, 60, pytest.fail)
@@ -206,7 +206,7 @@ def test_a_request_that_is_too_large_is_sent_in_parts(
         b"",
     ],
 )
-def test_an_answer_that_is_not_alertmanagers_is_none(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_that_is_not_alertmanagers_is_no_answer(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
     class Stop(Exception):
         pass
 
@@ -281,7 +281,7 @@ def test_a_webhook_gets_each_change_once_with_all_that_the_topic_has(receiver: R
     assert second["labels"] == {"team": "net"}
 
 
-def test_what_is_logged_of_a_webhook_has_no_path(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_path_of_a_webhook_is_not_logged(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.answers = [503]
     Webhook(f"{receiver.url}/hunter2?token=hunter2", lambda seconds: None).send([LOSS])
     assert f"Webhook at {receiver.url}/***: 503" in caplog.text

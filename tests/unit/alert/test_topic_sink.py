@@ -52,7 +52,7 @@ def test_a_missing_right_is_named_until_it_is_granted(
     assert lines == {f"tcp_alerts: this user may not write to it: {grant}"}
 
 
-def test_a_topic_that_was_created_again_gets_the_alerts_from_a_new_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recreated_topic_gets_the_alerts_from_a_new_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first client waits for the former leader for good."""
     monkeypatch.setattr(topic_sink, "_SILENT_S", 1.0)
     with closing(Cluster(brokers=3)) as cluster:

@@ -52,6 +52,18 @@ def test_json_says_the_same(tmp_path):
     assert [line.startswith("WARNING") for line in found.values()] == [each["warning"] for each in findings]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ports = [443]", "none: only capture.addresses and capture.ports are captured"),
+        ('default = "drop"', "none: by capture.default, no segments are captured"),
+    ],
+)
+def test_without_rules_it_says_what_is_captured(tmp_path, text, expected):
+    _, found = check(tmp_path, config=f"[capture]\n{text}\n")
+    assert found["rules"] == f"ok      rules: {expected}"
+
+
 @root
 def test_a_host_that_has_everything(tmp_path):
     code, found = check(tmp_path)
@@ -238,9 +250,9 @@ def test_a_mistake_in_the_file_is_named_with_its_line_and_the_nearest_key(tmp_pa
             '"compression.codec"',
         ),
         (
-            '[[rules]]\nport = [1]\n[[rules]]\nname = "web"\nuid = ["nobody-of-this-name"]',
+            '[[rules]]\nport = [1]\n[[rules]]\nname = "web"\naddress = ["@/no/such/file"]',
             "rules",
-            "line 4: rule 2 web: no user has the name 'nobody-of-this-name'",
+            "line 4: rule 2 web: /no/such/file: No such file or directory",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_brokers_that_take_a_connection_are_reachable() -> None:
     assert there not in found
 
 
-def test_where_no_thread_can_be_started_brokers_are_not_checked() -> None:
+def test_without_threads_brokers_are_not_checked() -> None:
     usual = threading.stack_size(1 << 46)  # more than the address space
     try:
         found = unreachable([("127.0.0.1", 9092), ("x.invalid", 9092)])

@@ -17,7 +17,7 @@ from producer.events import RETRANSMITS, TRANSMITS
 from producer.host.clock import now
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
-from producer.spool.configured import ledger_path, spool_folder
+from producer.spool.from_config import ledger_path, spool_folder
 from producer.spool.spool import Spool
 from tests.support import spool_folders
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
@@ -127,7 +127,7 @@ def test_missing_rights_are_reported(state):
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])
-def test_a_look_changes_nothing_and_needs_no_lock(state, command):
+def test_showing_the_spool_changes_nothing_and_needs_no_lock(state, command):
     paths = spool_folders.fill(state, batches=4, size=SIZE, per_file=2, noted=0)
     spool_folders.flip(paths[0], 10)
     paths[1].with_name(f"{4 * SIZE:020}.avro").touch()  # made, and nothing written
@@ -251,7 +251,7 @@ def lost_by_reading(state: Path) -> int:
     return waiting.lost["spool_damaged"]
 
 
-def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
+def test_showing_a_spool_in_use_neither_fails_nor_finds_damage(state):
     config = Config(state_dir=state)
     state.mkdir()
     done = threading.Event()
@@ -291,7 +291,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
     try:
         while looks < 200 or (len(seen) < 2 and thread.is_alive()):
             looks += 1
-            found = spool_show.look(config)
+            found = spool_show.spooled(config)
             assert found is not None
             assert 0 <= found[TRANSMIT].events <= 6 * SIZE
             seen.add(found[TRANSMIT].events)
@@ -339,7 +339,7 @@ def test_drop_discards_the_spool_and_the_ledger_has_it_as_lost(state):
     assert spool("drop", state, "--yes")[TRANSMIT] == {"dropped": 0}
 
 
-def test_the_ring_goes_on_behind_what_was_dropped(state):
+def test_the_ring_continues_after_dropped_events(state):
     spool_folders.fill(state, batches=3, size=SIZE, noted=2 * SIZE)
 
     spool("drop", state, "--yes")
@@ -357,7 +357,7 @@ def test_drop_counts_what_is_missing_too(state):
     assert spool("drop", state, "--yes")[TRANSMIT] == {"dropped": 3 * SIZE}
 
 
-def test_what_the_ledger_cannot_take_is_not_dropped(state):
+def test_events_are_not_dropped_if_the_ledger_cannot_be_written(state):
     paths = spool_folders.fill(state, batches=2, size=SIZE, per_file=1)
     (state / "ledger.transmit").unlink()
     (state / "ledger.transmit").mkdir()

@@ -60,7 +60,7 @@ def test_the_columns_of_events_are_what_their_records_say() -> None:
     "value",
     [None, b"", b"\0\0\0\0", b"not avro", message(TRANSMITS)[:9], message(TRANSMITS, cpu_seq=0), b"\0\0\0\0\x09" * 9],
 )
-def test_what_is_no_event_is_undecodable_and_costs_no_other(value: bytes | None) -> None:
+def test_a_message_that_is_no_event_is_undecodable_and_affects_no_other(value: bytes | None) -> None:
     good = message(TRANSMITS)
     events, rejected = read_events(Decoder(None), [good, value, good])
     assert (events.rows.tolist(), [row for row, _ in rejected]) == ([0, 2], [1])
@@ -141,7 +141,7 @@ def test_order_is_of_the_events_own_flow_whatever_their_key(cluster: Cluster) ->
     assert fault_summary(read(cluster, topics=[TRANSMITS.topic])) == "tcp_transmit: out_of_order 1"
 
 
-def test_what_comes_after_the_start_is_not_read(cluster: Cluster) -> None:
+def test_messages_after_the_start_are_not_read(cluster: Cluster) -> None:
     cluster.put_events(TRANSMITS, range(7))
     reader = TopicReader(cluster.brokers, [TRANSMITS.topic], {})
     try:
@@ -151,7 +151,7 @@ def test_what_comes_after_the_start_is_not_read(cluster: Cluster) -> None:
         reader.close()
 
 
-def test_one_host_alone_can_be_asked_for(cluster: Cluster) -> None:
+def test_one_host_can_be_chosen(cluster: Cluster) -> None:
     for host, numbers in {"h": (1, 2), "g": (1, 3)}.items():
         for number in numbers:
             put(cluster, TRANSMITS.topic, cpu_seq=number, host=host)
@@ -162,7 +162,7 @@ def test_one_host_alone_can_be_asked_for(cluster: Cluster) -> None:
     assert fault_summary(read(cluster, host="g")) == "tcp_transmit: missing 1"
 
 
-def test_a_topic_that_is_not_there_is_unavailable(cluster: Cluster) -> None:
+def test_a_missing_topic_is_unavailable(cluster: Cluster) -> None:
     with pytest.raises(UnavailableError, match="topic nowhere: "):
         read(cluster, topics=["nowhere"])
 

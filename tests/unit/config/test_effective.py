@@ -40,7 +40,7 @@ def loaded(path: Path, text: str) -> Config:
     "text",
     [FULL.replace("hook:80/x", "hook:80"), "", 'host = "größer \U0001f600"\n[[rules]]\nunit = [\'a"b.service\']'],
 )
-def test_what_is_printed_is_a_file_with_the_same_settings(tmp_path: Path, text: str) -> None:
+def test_the_printed_configuration_is_a_file_with_the_same_settings(tmp_path: Path, text: str) -> None:
     config = loaded(tmp_path / "rebpf.toml", text)
     assert loaded(tmp_path / "again.toml", effective.as_toml(config, {})) == config
 

@@ -165,7 +165,7 @@ def test_a_number_that_the_library_reads_whole_is_accepted(name, value):
         ("acks", "1"),
     ],
 )
-def test_what_delivery_order_or_identity_rests_on_is_refused_when_it_is_read(tmp_path, name, value):
+def test_settings_that_would_break_delivery_order_or_identity_are_refused_when_read(tmp_path, name, value):
     path = tmp_path / "rebpf.toml"
     path.write_text(f'[kafka.settings]\n"{name}" = "{value}"\n')
     with pytest.raises(ConfigError, match=rf"line 2: kafka\.settings\.{re.escape(name)}: .*: remove it"):

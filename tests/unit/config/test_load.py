@@ -89,7 +89,7 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("host = ", r"Invalid value"),
     ],
 )
-def test_what_is_wrong_is_named(read, tmp_path, text, message):
+def test_wrong_settings_are_named(read, tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         read(text)
     assert str(refusal.value).startswith(f"{tmp_path}/rebpf.toml: ")

@@ -45,7 +45,7 @@ def test_the_line_of_a_message(message: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("message", ["an action is keep or drop", "state_dir: expected a string", ""])
-def test_no_line_for_what_is_not_there(message: str) -> None:
+def test_settings_that_the_file_lacks_have_no_line(message: str) -> None:
     assert find([SOURCE], message) is None
 
 

@@ -101,7 +101,7 @@ def test_more_numbers_than_the_first_pages_hold() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_a_whole_topic_has_no_fault_whatever_the_order_of_its_partitions(chunk: int) -> None:
+def test_a_complete_topic_has_no_fault_in_any_order_of_its_partitions(chunk: int) -> None:
     rows = [row(number, partition=number % 3, saddr=f"10.0.0.{number % 3}") for number in range(1, 102)]
     by_partition = sorted(rows, key=lambda each: each.partition)
     report = boot(by_partition, chunk=chunk)
@@ -110,7 +110,7 @@ def test_a_whole_topic_has_no_fault_whatever_the_order_of_its_partitions(chunk: 
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_what_comes_twice_is_a_duplicate_and_not_out_of_order(chunk: int) -> None:
+def test_a_second_copy_is_a_duplicate_and_not_out_of_order(chunk: int) -> None:
     report = boot([row(number) for number in (1, 2, 3, 4, 2, 3, 5, 2)], chunk=chunk)
     assert (report.events, report.duplicates, report.out_of_order, report.missing) == (5, 3, 0, 0)
 
@@ -143,20 +143,20 @@ def test_a_crash_is_one_restart_of_all_cpus_and_what_lacks_behind_it_is_missing(
     assert (boot(again).restarts, boot(again).gaps, boot(again).missing) == (2, 1, 2)
 
 
-def test_what_came_before_the_first_number_is_reported_and_not_counted() -> None:
+def test_events_before_the_first_number_are_reported_and_not_counted() -> None:
     report = boot([row(7, cpu=2), row(8, cpu=2), row(1), row(GENERATION + 1, cpu=3)])
     assert (report.missing, report.restarts) == (0, 0)
     assert report.first_numbers == {2: 7, 3: GENERATION + 1}
 
 
-def test_what_is_missing_while_the_topic_was_cut_off_may_have_been_deleted() -> None:
+def test_gaps_before_the_start_of_the_last_partition_may_be_deleted_events() -> None:
     rows = [row(number, at=number) for number in (3, 5, 6, 9, 11, 13)]
     report = boot(rows, complete_from_ms=9)
     assert (report.perhaps_deleted, report.gaps, report.missing) == (4, 1, 1)
     assert boot(rows, complete_from_ms=float("inf")).perhaps_deleted == 5
 
 
-def test_of_many_flows_those_that_are_quiet_are_forgotten_and_counted() -> None:
+def test_with_many_flows_the_quiet_ones_are_forgotten_and_counted() -> None:
     audit = Audit(flows=10)
     audit.add(events_of([row(number, saddr=f"10.0.0.{number}") for number in range(1, 31)]))
     assert audit.flows_forgotten == 10
@@ -165,7 +165,7 @@ def test_of_many_flows_those_that_are_quiet_are_forgotten_and_counted() -> None:
     assert report.out_of_order == 1
 
 
-def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_as_unchecked() -> None:
+def test_boots_and_scattered_numbers_beyond_the_memory_limit_are_unchecked() -> None:
     audit = Audit(boots=10, pages=20)
     audit.add(events_of([row(1, host=f"h-{number}") for number in range(50)]))
     assert audit.unchecked == 40
@@ -176,7 +176,7 @@ def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_
     assert audit.unchecked == 40 + 38 + 1
 
 
-def test_what_is_unchecked_is_a_fault() -> None:
+def test_unchecked_events_are_a_fault() -> None:
     report = TopicReport("events", 1, 5, 0, 0, 0, (), 3)
     assert fault_summary([report]) == "events: unchecked 3"
     assert str(report).endswith("unchecked=3")

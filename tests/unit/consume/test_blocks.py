@@ -103,7 +103,7 @@ def test_another_codec_is_named(tmp_path: Path) -> None:
         (b"\x02\x04a", "sync marker"),
     ],
 )
-def test_what_a_block_claims_is_checked(block: bytes, message: str) -> None:
+def test_the_numbers_in_a_block_are_checked(block: bytes, message: str) -> None:
     whole = container(SCHEMA, b"a")
     file = io.BytesIO(whole[: -len(b"\x02\x02a") - 16] + block)
     with pytest.raises((ValueError, EOFError), match=message):
@@ -117,7 +117,7 @@ def test_a_header_without_end_is_refused() -> None:
 
 
 class _Endless(io.RawIOBase):
-    """A file that begins with `start` and goes on for ever."""
+    """A file that begins with `start` and goes on forever."""
 
     def __init__(self, start: bytes, then: Any) -> None:
         self._start, self._then = io.BytesIO(start), then

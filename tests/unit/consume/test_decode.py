@@ -141,7 +141,7 @@ def test_a_registry_that_is_down_is_unavailable() -> None:
             decoded(decoder, frame(77, OTHER))
 
 
-def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) -> None:
+def test_a_refused_id_is_requested_once_a_minute(registry: ThreadingHTTPServer) -> None:
     now = 1000.0
     decoder = Decoder(at(registry.server_port), clock=lambda: now)
     for time_s, requests in ((1000.0, 1), (1059.0, 1), (1061.0, 2)):
@@ -152,7 +152,7 @@ def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) 
         assert len(Registry.requests) == requests
 
 
-def test_new_ids_are_asked_for_at_a_rate_however_many_a_topic_has(registry: ThreadingHTTPServer) -> None:
+def test_new_ids_are_requested_at_a_bounded_rate(registry: ThreadingHTTPServer) -> None:
     now = 1000.0
     decoder = Decoder(at(registry.server_port), clock=lambda: now)
     for time_s, requests in ((1000.0, 100), (1001.0, 110)):
@@ -177,7 +177,7 @@ def test_an_id_for_which_the_registry_fails_ends_no_consumer(
         decoded(decoder, frame(79, OTHER))
 
 
-def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_each_message() -> None:
+def test_a_registry_that_goes_down_ends_no_consumer_and_is_not_waited_for_at_each_message() -> None:
     now = 1000.0
     Registry.requests = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
@@ -214,7 +214,7 @@ def test_a_stop_ends_the_wait_for_a_schema() -> None:
         thread.join()
 
 
-def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPServer) -> None:
+def test_an_id_that_no_registry_assigns_is_not_requested(registry: ThreadingHTTPServer) -> None:
     decoder = Decoder(at(registry.server_port))
     for schema_id in (0, 1 << 31, (1 << 32) - 1):
         with pytest.raises(UndecodableError, match="is out of range"):

@@ -92,7 +92,7 @@ def test_losses_of_the_balance_are_reasons() -> None:
     assert "did not run" not in text
 
 
-def test_what_the_reader_missed_is_a_reason() -> None:
+def test_events_that_the_reader_missed_are_a_reason() -> None:
     late = {**NOTHING_LOST, TRANSMITS.topic: {"delivered": 5, "lost": {}}}
     assert "tcp_transmit: 3 events were delivered to the broker, but not read back" in why(
         tally_of(AGREEING, first=90, again=23), late

@@ -36,7 +36,7 @@ class NamedPaths:
         self.asked += 1
         return self._paths.get(cgroup_id)
 
-    def look(self, ids: Iterable[int] = ()) -> None: ...
+    def look_up(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def cgroups_of(encoder: BatchEncoder, ids: Sequence[int]) -> list[str | None]:
@@ -87,7 +87,7 @@ class LatePaths:
     def path(self, cgroup_id: int) -> str | None:
         return self.names.get(cgroup_id)
 
-    def look(self, ids: Iterable[int] = ()) -> None: ...
+    def look_up(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def test_a_flow_gets_the_path_of_its_cgroup_when_that_is_known():

@@ -1,5 +1,6 @@
 """Export and `rebpf.read`: every source gives the same events, and files appear complete or not at all."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ from producer.export.sources import Files
 from producer.view.file import RecordFile
 from producer.view.records import Records
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
-from tests.support.disks import fill, small_disk
+from tests.support.disks import files_of_at_most, fill, small_disk
 from tests.support.hostile_files import HOSTILE
 
 ALL = frozenset({TRANSMITS, RETRANSMITS, FLOWS})
@@ -86,7 +87,7 @@ def test_an_export_is_read_as_the_file_that_it_was_made_of(tmp_path: Path, strea
 
 
 @pytest.mark.slow
-def test_of_many_days_few_rows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_days_keep_few_rows_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "_MOST_ROWS", 100)
     given = [{**each, "ts_ns": NOON_NS + at % 30 * DAY_NS} for at, each in enumerate(events(FLOWS, 900))]
     given = [{**each, "ts": each["ts_ns"] // 1_000_000} for each in given]
@@ -225,6 +226,16 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path, form: str) -
         with pytest.raises(UnavailableError, match=r"cannot write to .*disk: No space left on device"):
             export(source, disk, form, Period(), ALL)
         assert [each.name for each in disk.rglob("*") if each.is_file()] == ["filler"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_a_disk_that_is_full_when_files_are_finished_leaves_none(tmp_path: Path, form: str) -> None:
+    streams = {stream: tmp_path / f"{stream.name}.avro" for stream in (FLOWS, RETRANSMITS)}
+    source = Files([write_container(path, stream, events(stream, 5)) for stream, path in streams.items()])
+    with files_of_at_most(100), pytest.raises(UnavailableError, match=r"cannot write to .*out: File too large"):
+        export(source, tmp_path / "out", form, Period(), ALL)
+    gc.collect()
+    assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file()]
 
 
 def test_a_signal_just_after_a_file_was_created_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

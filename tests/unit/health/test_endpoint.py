@@ -248,7 +248,7 @@ def test_a_large_body_does_not_cost_the_visitor_its_answer() -> None:
         (b"GARBAGE\r\n\r\n", 400),
     ],
 )
-def test_what_is_no_request_of_bounded_size_is_refused_at_once(request_bytes: bytes, code: int) -> None:
+def test_garbage_and_oversized_requests_are_refused_at_once(request_bytes: bytes, code: int) -> None:
     with serving() as address:
         got = answer(address, request_bytes)
         assert f" {code} ".encode() in got.partition(b"\r\n")[0] or f"Error code: {code}".encode() in got

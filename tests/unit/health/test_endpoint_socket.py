@@ -55,7 +55,7 @@ def test_a_socket_that_cannot_be_found_or_is_something_else_is_not_asked(place: 
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "socket"])
-def test_whatever_is_in_the_place_of_the_socket_is_removed(place: Place, kind: str) -> None:
+def test_anything_in_place_of_the_socket_is_removed(place: Place, kind: str) -> None:
     if kind == "folder":
         place.socket.mkdir()
         (place.socket / "mine").touch()

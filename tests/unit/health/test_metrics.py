@@ -63,7 +63,7 @@ def test_each_stream_has_its_account(found):
     assert of_topics("rebpf_spool_max_bytes", found) == [1 << 30, 1 << 28]
 
 
-def test_what_passed_is_the_sum_of_the_places_in_the_metrics_too(found):
+def test_passed_is_the_sum_of_the_balance_in_the_metrics_too(found):
     places = ["delivered_total", "in_flight", "in_ring", "spooled"]
     for topic in TOPICS:
         lost = sum(

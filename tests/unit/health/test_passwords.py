@@ -28,7 +28,7 @@ HEADERS_WITHOUT_CREDENTIALS = [
 
 
 @pytest.mark.parametrize("header", HEADERS_WITHOUT_CREDENTIALS)
-def test_what_is_no_credentials_is_refused_without_work(header: str | None) -> None:
+def test_malformed_credentials_are_refused_without_work(header: str | None) -> None:
     hashed = {"alice": USERS["alice"].replace("$04$", "$14$")}
     began = time.process_time()
     for _ in range(100):
@@ -37,7 +37,7 @@ def test_what_is_no_credentials_is_refused_without_work(header: str | None) -> N
 
 
 @pytest.mark.slow
-def test_what_is_known_is_not_checked_again() -> None:
+def test_verified_credentials_are_not_checked_again() -> None:
     costly = {"alice": bcrypt.hashpw(b"right", bcrypt.gensalt(12)).decode()}
     passwords = Passwords()
     for password, code in (("right", HTTPStatus.OK), ("wrong", HTTPStatus.UNAUTHORIZED)):

@@ -203,7 +203,7 @@ def test_a_port_that_cannot_be_bound_is_one_warning(caplog, host):
     assert record.getMessage().startswith(f"metrics: no endpoint at {host} port {port}: ")
 
 
-def test_a_port_that_somebody_took_is_served_once_it_is_free(caplog):
+def test_a_port_in_use_is_served_once_it_is_free(caplog):
     """Any user can take it before a start."""
     board = StatusBoard()
     board.step(status)
@@ -223,7 +223,7 @@ def test_a_port_that_somebody_took_is_served_once_it_is_free(caplog):
 
 
 @pytest.mark.slow
-def test_a_name_server_that_hangs_holds_no_step_and_the_endpoint_opens_once_it_answers(monkeypatch, caplog):
+def test_a_name_server_that_hangs_blocks_no_step_and_the_endpoint_opens_once_it_answers(monkeypatch, caplog):
     may_answer, board = threading.Event(), StatusBoard()
     board.step(status)
 
@@ -248,7 +248,7 @@ def no_threads():
 
 
 @pytest.mark.usefixtures("no_threads")
-def test_where_no_thread_can_be_started_the_endpoint_is_a_warning(caplog, tmp_path):
+def test_without_threads_the_endpoint_is_a_warning(caplog, tmp_path):
     with Endpoint("127.0.0.1", 0, StatusBoard()) as server:
         assert server.url is None
     with Endpoint("127.0.0.1", 0, StatusBoard()) as server:
@@ -274,7 +274,7 @@ def test_the_endpoint_is_closed_at_the_end():
 
 
 @pytest.mark.slow
-def test_nobody_asking_costs_no_wakeups():
+def test_without_requests_there_are_no_wakeups():
     """The server's thread sleeps until there is a visitor."""
     code = (
         "import threading, time\n"
@@ -306,7 +306,7 @@ def running(folder: Path, url: str | None) -> Iterator[None]:
         yield
 
 
-def test_status_says_how_the_producer_fares(tmp_path):
+def test_status_shows_the_health_of_the_producer(tmp_path):
     with serving() as (board, server), loop(board), running(tmp_path, server.url):
         board.step(status)
         for_people = rebpf("status", "--state-dir", tmp_path)
@@ -319,7 +319,7 @@ def test_status_says_how_the_producer_fares(tmp_path):
     assert sum(loss["count"] for loss in json.loads(as_json.stdout)["streams"][0]["lost"]) == sum(LOST.values())
 
 
-def test_status_where_none_runs_is_69(tmp_path):
+def test_status_without_a_producer_is_69(tmp_path):
     done = rebpf("status", "--state-dir", tmp_path)
 
     assert (done.returncode, done.stdout) == (69, "")
@@ -378,7 +378,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(tmp_path, monkeypatch, begin,
         end.cancel()
 
 
-def test_a_step_costs_next_to_nothing_while_nobody_asks():
+def test_a_step_costs_next_to_nothing_without_requests():
     board, made = StatusBoard(), []
 
     def make() -> Status:

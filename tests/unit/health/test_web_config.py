@@ -161,7 +161,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:60])
-def test_what_is_wrong_or_not_supported_is_refused_by_name(folder: Path, text: str) -> None:
+def test_wrong_and_unsupported_settings_are_refused_by_name(folder: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED[text]) as caught:
         read(folder, text)
     assert str(caught.value).startswith(f"metrics.web_config_file: {folder}/web.yml: ")

@@ -28,7 +28,7 @@ def test_capabilities_that_cannot_be_dropped_end_a_start_with_the_reason(monkeyp
         capabilities.drop_unneeded(lambda: None)
 
 
-def test_limits_that_cannot_be_read_keep_nothing_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_that_cannot_be_read_prevent_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", refuse)
     check_descriptor_limit()
     assert cli._may_cut_files()

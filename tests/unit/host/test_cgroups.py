@@ -173,7 +173,7 @@ def test_a_cgroup_that_no_descriptor_is_left_to_look_for_is_found_later(tmp_path
     paths = CgroupPaths(tmp_path, clock := Clock(), cpu_clock=clock)
     with without_descriptors():
         assert paths.path(number) is None
-        paths.look()
+        paths.look_up()
     assert paths.path(number) == "/a.service"
 
 
@@ -186,7 +186,7 @@ def test_a_name_may_have_any_bytes(tmp_path: Path) -> None:
     assert raw_name(path) == b"/caf\xe9\n%\x1b[2J.service"
 
 
-def test_looks_at_many_cgroups_are_short_and_rare_and_go_on_where_they_were(tmp_path: Path) -> None:
+def test_lookups_of_many_cgroups_are_short_and_rare_and_continue_where_they_were(tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"run{number}" / "a").mkdir(parents=True)
     wanted = (tmp_path / "run137" / "a").stat().st_ino
@@ -203,7 +203,7 @@ def test_looks_at_many_cgroups_are_short_and_rare_and_go_on_where_they_were(tmp_
     assert found == "/run137/a"
 
 
-def test_cgroups_that_come_and_go_under_a_look_do_not_stop_it(tmp_path: Path) -> None:
+def test_cgroups_that_come_and_go_do_not_stop_a_lookup(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"run{number}" / "a").mkdir(parents=True)
     wanted = (tmp_path / "run49" / "a").stat().st_ino
@@ -216,7 +216,7 @@ def test_cgroups_that_come_and_go_under_a_look_do_not_stop_it(tmp_path: Path) ->
         number += 1
         clock.now_s += 1
     for _ in range(1000):
-        paths.look()
+        paths.look_up()
         clock.now_s += 1
     assert paths.path(wanted) == "/run49/a"
 
@@ -234,7 +234,7 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     assert paths.path(numbers[0]) is None
 
 
-def test_a_look_at_one_folder_of_many_is_as_short_as_at_many_folders(tmp_path: Path) -> None:
+def test_a_lookup_in_one_large_folder_is_as_short_as_in_many_folders(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"{number}").mkdir()
     now = [0.0]
@@ -250,7 +250,7 @@ def test_a_look_at_one_folder_of_many_is_as_short_as_at_many_folders(tmp_path: P
     found = []
     while paths.found < 1000:
         now[0] += 10
-        paths.look()
+        paths.look_up()
         found.append(paths.found)
     assert max(after - before for before, after in itertools.pairwise([0, *found])) <= 2 * 256
     assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(1000)]
@@ -263,5 +263,5 @@ def test_one_walk_finds_all_ids_that_are_asked_for_together(tmp_path: Path) -> N
         ids.append((tmp_path / f"{number}").stat().st_ino)
     ticks = itertools.count()
     paths = CgroupPaths(tmp_path, lambda: next(ticks) / 10_000)
-    paths.look(ids)
+    paths.look_up(ids)
     assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(10)]

@@ -113,7 +113,7 @@ def test_a_compressed_answer_is_not_unpacked() -> None:
     assert found.body == bomb
 
 
-def test_where_no_thread_can_be_started_there_is_no_answer() -> None:
+def test_without_threads_a_request_fails() -> None:
     usual = threading.stack_size(1 << 46)  # more than the address space
     try:
         with pytest.raises(ExchangeError, match="can't start new thread"):

@@ -193,7 +193,7 @@ def test_a_stream_that_is_closed_is_an_output_error(monkeypatch: pytest.MonkeyPa
 
 
 @hostile
-def test_json_is_printable_ascii_and_comes_back(text: str) -> None:
+def test_json_is_printable_ascii_and_parses_to_the_same_value(text: str) -> None:
     for line in (to_json({"name": text}), json_line(Event(text, text, {"name": text}))):
         assert line.isascii()
         assert line.isprintable()

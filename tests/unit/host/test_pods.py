@@ -242,7 +242,7 @@ def test_a_server_that_is_gone_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
         wait_until("the reason", lambda: "no-token" in caplog.text)
 
 
-def test_an_unknown_uid_is_not_asked_for_without_end(tmp_path: Path) -> None:
+def test_an_unknown_uid_is_not_requested_forever(tmp_path: Path) -> None:
     with listing(tmp_path, answer(API_SERVER)) as (found, server):
         found.find("unknown")
         wait_until("three lists", lambda: len(server.requests) == pods._TRIES)

@@ -79,7 +79,7 @@ def test_a_reload_signals_nobody_who_does_not_hold_the_lock(path, bystander):
     assert bystander.poll() is None
 
 
-def test_a_reload_of_a_process_that_is_no_more(path, bystander):
+def test_a_reload_of_a_process_that_has_ended(path, bystander):
     bystander.kill()
     bystander.wait()
     with StateFolder(path):

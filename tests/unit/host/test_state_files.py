@@ -120,9 +120,9 @@ def test_numbers_jump_where_their_file_is_no_file_and_then_go_on(tmp_path: Path,
     assert numbers(tmp_path, 77).start() == all_at(55)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
-def test_whatever_is_in_the_place_of_the_temporary_file_is_removed(tmp_path: Path, kind: str) -> None:
-    IN_THE_PLACE_OF_A_FILE[kind](tmp_path / "sequence.new")
+@anything
+def test_anything_in_place_of_the_temporary_file_is_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "sequence.new")
     numbers(tmp_path, 55).start()
     assert (tmp_path / "sequence.json").is_file()
     assert not (tmp_path / "sequence.json").is_symlink()
@@ -180,9 +180,7 @@ def test_numbers_jump_if_their_file_was_deleted(tmp_path: Path) -> None:
 
 
 @anything
-def test_whatever_is_in_the_place_of_a_spool_file_costs_only_its_events(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
+def test_anything_in_place_of_a_spool_file_costs_only_its_events(tmp_path: Path, make: Callable[[Path], None]) -> None:
     setup = Setup(tmp_path / "spool")
     spool = setup.filled(9)
     spool.close()
@@ -196,7 +194,7 @@ def test_whatever_is_in_the_place_of_a_spool_file_costs_only_its_events(
 
 
 @anything
-def test_whatever_is_in_the_place_of_the_last_file_is_set_aside(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_anything_in_place_of_the_last_file_is_set_aside(tmp_path: Path, make: Callable[[Path], None]) -> None:
     setup = Setup(tmp_path / "spool")
     spool = setup.filled(3)
     spool.close()
@@ -208,7 +206,7 @@ def test_whatever_is_in_the_place_of_the_last_file_is_set_aside(tmp_path: Path, 
 
 
 @anything
-def test_what_was_set_aside_may_be_anything(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_an_earlier_damaged_file_may_be_anything(tmp_path: Path, make: Callable[[Path], None]) -> None:
     setup = Setup(tmp_path / "spool")
     setup.folder.mkdir()
     make(setup.folder / f"{7:020}.damaged")
@@ -218,7 +216,7 @@ def test_what_was_set_aside_may_be_anything(tmp_path: Path, make: Callable[[Path
 
 
 @pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
-def test_whatever_is_in_the_place_of_a_spool_folder_is_set_aside(tmp_path: Path, kind: str) -> None:
+def test_anything_in_place_of_a_spool_folder_is_set_aside(tmp_path: Path, kind: str) -> None:
     setup = Setup(tmp_path / "spool")
     IN_THE_PLACE_OF_A_FILE[kind](setup.folder)
     spool = setup.open()
@@ -228,7 +226,7 @@ def test_whatever_is_in_the_place_of_a_spool_folder_is_set_aside(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
-def test_whatever_is_in_the_place_of_the_folder_of_spools_is_set_aside(tmp_path: Path, kind: str) -> None:
+def test_anything_in_place_of_the_folder_of_spools_is_set_aside(tmp_path: Path, kind: str) -> None:
     setup = Setup(tmp_path / "spools" / "transmit")
     IN_THE_PLACE_OF_A_FILE[kind](setup.folder.parent)
     spool = setup.open()
@@ -319,3 +317,13 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path, make: Cal
     with pytest.raises(OSError, match=r".*") as caught:
         state_file.read(tmp_path / "file", 100)
     assert caught.value.errno in (errno.EINVAL, errno.EFBIG)
+
+
+def test_a_file_with_nothing_to_read_for_now_is_an_error():
+    """Such as /proc/kmsg, to which a link in conf.d may point."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        with open(reader, "rb") as file, pytest.raises(OSError, match="expected a regular file"):
+            state_file.at_most(file, 1)
+    finally:
+        os.close(writer)

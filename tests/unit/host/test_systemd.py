@@ -31,7 +31,7 @@ def test_text_and_descriptors_arrive(kind, tmp_path, monkeypatch):
         os.close(descriptor)
 
 
-def test_a_manager_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+def test_a_missing_manager_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
     with pytest.raises(UnavailableError, match=r"none: .*No such file"):
         notify("READY=1")
@@ -56,7 +56,7 @@ def test_a_manager_that_is_stuck_is_an_error(tmp_path, monkeypatch):
             barrier()
 
 
-def test_the_watchdog_is_fed_twice_in_its_time_and_only_where_there_is_one(tmp_path, monkeypatch):
+def test_the_watchdog_is_notified_twice_per_interval_and_only_if_there_is_one(tmp_path, monkeypatch):
     with Manager(tmp_path) as manager:
         monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
         monkeypatch.delenv("WATCHDOG_USEC", raising=False)

@@ -28,7 +28,7 @@ def test_a_name_that_prints_is_left_alone() -> None:
 
 
 @given(st.text())
-def test_what_is_shown_has_no_control_character(text: str) -> None:
+def test_printable_text_has_no_control_characters(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     assert printable(shown) == shown

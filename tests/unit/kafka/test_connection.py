@@ -134,7 +134,7 @@ def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts
 
 
 @pytest.mark.slow
-def test_what_messages_point_to_lives_until_their_client_is_closed(cluster, open_sink, monkeypatch):
+def test_the_memory_of_messages_lives_until_their_client_is_closed(cluster, open_sink, monkeypatch):
     cluster.create("t")
     offset_ns = [1_700_000_000_000_000_000]
     sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
@@ -155,7 +155,7 @@ def test_what_messages_point_to_lives_until_their_client_is_closed(cluster, open
 
 
 @pytest.mark.slow
-def test_a_client_that_waits_for_ever_for_a_topic_that_was_created_again_is_replaced(monkeypatch, caplog):
+def test_a_client_that_waits_forever_for_a_recreated_topic_is_replaced(monkeypatch, caplog):
     """The new topic's leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""
     monkeypatch.setattr(sink_module, "_SILENT_S", 2.0)
     with closing(Cluster(brokers=3)) as cluster:
@@ -215,7 +215,7 @@ def test_an_outage_replaces_no_client(cluster, open_sink, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some(
+def test_without_threads_for_a_new_client_the_old_one_stays_until_one_can_be_started(
     cluster, open_sink, monkeypatch, caplog
 ):
     cluster.create("t")
@@ -237,7 +237,7 @@ def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some
     ledger.wait_for(first)
 
 
-def test_a_client_that_waits_for_a_name_server_does_not_hold_a_stop(cluster, open_sink, monkeypatch):
+def test_a_client_that_waits_for_a_name_server_does_not_block_a_stop(cluster, open_sink, monkeypatch):
     sink = open_sink()
     answers = held_close(monkeypatch)
     monkeypatch.setattr(connection, "_CLOSE_S", 0.1)

@@ -118,7 +118,7 @@ def test_retried_batches_stay_in_order_and_later_ones_wait_for_them(cluster, ope
 
 
 @pytest.mark.parametrize("code", [10, 44, 87], ids=librdkafka.error_name)
-def test_a_rejected_batch_is_retried_one_by_one_and_what_is_rejected_again_is_lost_by_name(cluster, open_sink, code):
+def test_a_rejected_batch_is_retried_one_by_one_and_messages_rejected_again_are_lost_by_name(cluster, open_sink, code):
     cluster.create("t")
     kept: list[tuple[EncodedBatch, str]] = []
     sink = open_sink(quarantine=lambda refused, error: kept.append((refused, error)))
@@ -163,7 +163,7 @@ def beat(text: bytes) -> EncodedBatch:
     return EncodedBatch.of(HEARTBEATS, b"host", text)
 
 
-def test_a_heartbeat_is_a_batch_of_one_message_and_comes_back_like_others(cluster, open_sink):
+def test_a_heartbeat_is_a_batch_of_one_message_and_is_reported_like_others(cluster, open_sink):
     cluster.create("beats")
     sink = open_sink(topics=BEATS)
     ledger = Ledger(sink)
@@ -235,7 +235,7 @@ def test_reports_are_processed_although_something_fails_meanwhile(cluster, open_
     assert sink.capacity(TRANSMITS) == 1 << 15
 
 
-def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
+def test_each_stream_has_its_own_capacity_which_the_reports_restore(cluster, open_sink):
     cluster.create("t")
     cluster.create("r")
     sink = open_sink(max_in_flight=100)
@@ -249,7 +249,7 @@ def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_
     assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (100, 100)
 
 
-def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, caplog):
+def test_a_missing_topic_does_not_delay_the_other_stream(cluster, open_sink, caplog):
     cluster.create("r")
     sink = open_sink(max_in_flight=100)
     held = batch(TRANSMITS, numbered(100))

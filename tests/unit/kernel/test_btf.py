@@ -1,5 +1,6 @@
 """BTF: the running kernel's, and one made by hand with a known layout."""
 
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -183,6 +184,14 @@ def test_an_unknown_kind_is_rejected() -> None:
     blob.add(29, "future", 0)
     with pytest.raises(UnavailableError, match="kind 29"):
         Btf(blob.bytes())
+
+
+def test_a_file_of_any_size_is_refused_at_once(tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    huge.touch()
+    os.truncate(huge, 10 << 30)
+    with pytest.raises(UnavailableError, match="huge: not BTF: larger than 1024 MiB"):
+        Btf.load(huge)
 
 
 def test_without_btf_the_error_names_the_requirement(tmp_path: Path) -> None:

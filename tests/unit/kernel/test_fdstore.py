@@ -169,7 +169,7 @@ def test_a_store_that_is_too_small_is_a_configuration_error(manager, objects, mo
         ({"FDSTORE": "64"}, False),
     ],
 )
-def test_there_is_a_store_where_the_unit_has_one(environment, expected, monkeypatch):
+def test_a_store_is_found_if_the_unit_has_one(environment, expected, monkeypatch):
     for name in ("NOTIFY_SOCKET", "FDSTORE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -90,7 +90,7 @@ def test_an_invalid_ring_in_a_manifest_is_rejected(change: dict[str, object]) ->
     "text",
     [b"", b"null", b"[]", b"{}", b'{"objects": null, "manifest": {}}', b'{"objects": [1], "manifest": {}}', DEEP],
 )
-def test_what_a_store_saved_is_checked(text: bytes) -> None:
+def test_stored_objects_are_checked(text: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         parse_stored(text)
 

@@ -120,7 +120,9 @@ def for_all(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [pytest.param(give_away, marks=ROOT_ONLY), for_the_group, for_all])
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_others_can_write_is_not_loaded(path: Path, file: Path, what: str, change: Callable[[Path], None]) -> None:
+def test_programs_that_others_can_write_are_not_loaded(
+    path: Path, file: Path, what: str, change: Callable[[Path], None]
+) -> None:
     change(path if what == "folder" else file)
     folder = ProgramCache(path)
     assert folder.find(KEY) is None

@@ -82,7 +82,9 @@ def for_all(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [give_away, for_all])
 @pytest.mark.parametrize("what", ["programs", "programs/a"])
-def test_what_others_can_write_is_not_loaded(tmp_path: Path, what: str, change: Callable[[Path], None]) -> None:
+def test_programs_that_others_can_write_are_not_loaded(
+    tmp_path: Path, what: str, change: Callable[[Path], None]
+) -> None:
     write(tmp_path / "programs" / "a")
     change(tmp_path / what)
     for path in (tmp_path / "programs", tmp_path / "programs" / "a"):

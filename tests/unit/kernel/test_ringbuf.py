@@ -240,7 +240,7 @@ def test_whatever_a_ring_holds_reading_ends_at_its_end_and_counts_each_record(da
     kernel.close()
 
 
-def test_what_was_not_committed_is_read_again_by_the_next_reader(kernel: Kernel) -> None:
+def test_uncommitted_rows_are_read_again_by_the_next_reader(kernel: Kernel) -> None:
     for number in range(4):
         kernel.put(number)
     with Ring(kernel.descriptor, PAGE, ROW) as ring:
@@ -269,7 +269,7 @@ def test_the_rings_own_descriptor_is_not_needed_after_the_start(kernel: Kernel) 
 
 @pytest.mark.parametrize(
     ("offset", "stride", "count"),
-    [(-8, 24, 1), (4, 24, 1), (0, 0, 1), (0, 12, 1), (0, 24, -1), (0, 24, 5), (88, 24, 2), (1 << 62, 8, 1)],
+    [(-8, 24, 1), (0, 0, 1), (0, -24, 1), (0, 24, -1), (0, 24, 5), (85, 24, 1), (1 << 62, 8, 1)],
 )
 def test_records_outside_the_data_are_refused(offset: int, stride: int, count: int) -> None:
     with pytest.raises(ValueError, match="outside"):

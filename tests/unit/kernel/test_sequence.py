@@ -6,10 +6,11 @@ import json
 import logging
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from producer.kernel.sequence import EventNumbers, _crc32
+from tests.support.disks import files_of_at_most
 
 BOOT = "b5f8c1d2"
 ZEROS = {"transmit": [0, 0], "retransmit": [0, 0], "flow": [0, 0]}
@@ -22,16 +23,6 @@ def numbers(folder, uptime_s=0.0, boot=BOOT):
 
 def all_at(generation):
     return {stream: [generation << 32] * 2 for stream in ZEROS}
-
-
-@contextlib.contextmanager
-def unwritable(folder):
-    """Put a folder in place of the temporary file, so that even root cannot write it."""
-    (folder / "sequence.new").mkdir()
-    try:
-        yield
-    finally:
-        (folder / "sequence.new").rmdir()
 
 
 def test_the_first_start_begins_at_zero(tmp_path):
@@ -125,7 +116,7 @@ def test_without_a_writable_file_numbers_differ_from_all_that_the_file_will_cont
     first = numbers(tmp_path)
     first.start()
     first.stop(LAST)
-    with unwritable(tmp_path):
+    with files_of_at_most(0):
         assert numbers(tmp_path, 100).start() == all_at(1 << 30 | 100)
         assert len(caplog.records) == 1
         unwritten = numbers(tmp_path, 200)
@@ -140,13 +131,13 @@ def test_without_a_writable_file_numbers_differ_from_all_that_the_file_will_cont
 def test_a_stop_that_cannot_be_written_is_no_error(tmp_path, caplog):
     first = numbers(tmp_path)
     first.start()
-    with unwritable(tmp_path):
+    with files_of_at_most(0):
         first.stop(LAST)
     assert len(caplog.records) == 1
 
 
 def test_numbers_fit_a_signed_long_after_34_years(tmp_path):
-    with unwritable(tmp_path):
+    with files_of_at_most(0):
         assert max(numbers(tmp_path, 34 * 365 * 86_400).start()["transmit"]) < 1 << 63
 
 
@@ -162,6 +153,7 @@ def test_numbers_fit_a_signed_long_after_34_years(tmp_path):
         max_size=12,
     )
 )
+@example([("stop", False, 1, 1000, True), ("stop", False, 1, 1000, False), ("stop", True, 100_000, 1 << 20, True)])
 def test_no_number_is_given_twice(tmp_path_factory, runs):
     """Runs with or without a disk, at up to 2^20 numbers per second, that end in any way."""
     folder = tmp_path_factory.mktemp("numbers")
@@ -169,13 +161,13 @@ def test_no_number_is_given_twice(tmp_path_factory, runs):
     given_out: list[tuple[int, int]] = []
     for end, can_write, length_s, rate, can_write_at_end in runs:
         run = numbers(folder, uptime_s)
-        with contextlib.nullcontext() if can_write else unwritable(folder):
+        with contextlib.nullcontext() if can_write else files_of_at_most(0):
             first = run.start()["transmit"][0]
         last = first + length_s * rate
         given_out.append((first, last))
         uptime_s += length_s + 1
         if end == "stop":
-            with contextlib.nullcontext() if can_write_at_end else unwritable(folder):
+            with contextlib.nullcontext() if can_write_at_end else files_of_at_most(0):
                 run.stop({**ZEROS, "transmit": [last, 0]})
     given_out.sort()
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise(given_out))

@@ -52,7 +52,7 @@ def write_text(path: Path, text: bytes) -> None:
 
 
 @given(st.lists(accounts, min_size=1, max_size=3))
-def test_what_was_written_last_is_read(tmp_path_factory: pytest.TempPathFactory, written: list[Account]) -> None:
+def test_the_last_write_is_read(tmp_path_factory: pytest.TempPathFactory, written: list[Account]) -> None:
     path = tmp_path_factory.mktemp("ledger") / "ledger"
     ledger = opened(path)
     for account in written:
@@ -132,7 +132,7 @@ def test_garbage_is_no_account(tmp_path_factory: pytest.TempPathFactory, garbage
 
 
 @pytest.mark.parametrize("text", [b"", b"7", b"null", b"[]", b'"text"', b"{", b"\xff", b'{"ring": "a", "color": 1}'])
-def test_what_another_version_wrote_is_no_account(path: Path, text: bytes) -> None:
+def test_a_ledger_of_another_version_is_not_read(path: Path, text: bytes) -> None:
     write_text(path, text)
     assert Ledger(path).read() is None
 
@@ -188,7 +188,7 @@ def test_a_ledger_that_is_not_open_is_written_nowhere(path: Path) -> None:
         ledger.write(ACCOUNT)
 
 
-def test_a_folder_that_is_not_there_is_an_error(path: Path) -> None:
+def test_a_missing_folder_is_an_error(path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         opened(path / "ledger")
 
@@ -213,7 +213,7 @@ def test_on_a_disk_that_is_full_the_page_is_written_in_place(disk: Path) -> None
 
 
 @pytest.mark.root
-def test_on_a_disk_that_was_full_before_there_is_no_ledger_until_there_is_room(disk: Path) -> None:
+def test_on_a_full_disk_a_new_ledger_is_created_once_there_is_room(disk: Path) -> None:
     filler = fill(disk)
     ledger = Ledger(disk / "ledger")
     with pytest.raises(OSError, match="No space left"):

@@ -101,7 +101,7 @@ def test_step_says_whether_more_is_likely_to_wait() -> None:
     assert setup.ring.position == (BATCH_ROWS + 5) * STRIDE
 
 
-def test_what_kafka_does_not_take_goes_to_disk_and_when_that_is_empty_events_go_to_kafka_again(
+def test_events_that_kafka_does_not_take_go_to_disk_until_the_spool_is_empty_again(
     tmp_path: Folder,
 ) -> None:
     setup = Setup(tmp_path)
@@ -129,7 +129,7 @@ def test_what_kafka_does_not_take_goes_to_disk_and_when_that_is_empty_events_go_
     assert (setup.transmits.account.delivered, setup.ring.committed) == (14, 14 * STRIDE)
 
 
-def test_new_events_wait_behind_those_on_disk_for_as_long_as_kafka_has_no_room(tmp_path: Folder) -> None:
+def test_new_events_wait_behind_spooled_ones_while_kafka_is_full(tmp_path: Folder) -> None:
     setup = Setup(tmp_path, most=4)
     setup.arrive(4)
     setup.pass_time(2 * AFTER_S)
@@ -342,7 +342,7 @@ def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.Mo
     setup.assert_balanced()
 
 
-def test_what_fails_after_the_reports_of_one_stream_costs_no_report_of_another(tmp_path: Folder) -> None:
+def test_a_failure_after_one_streams_reports_loses_no_report_of_another(tmp_path: Folder) -> None:
     setup = Setup(tmp_path)
     for name in ("transmit", "retransmit"):
         setup.rings[name].written = 5

@@ -47,7 +47,7 @@ def spool_with(folder: Folder, count: int, ring: str) -> Spool:
         (None, 4, Account("ring", 4 * STRIDE, 3, {}, 0, 7)),
     ],
 )
-def test_a_start_goes_on_from_the_latest_of_ledger_spool_and_ring(
+def test_a_start_continues_from_the_latest_of_ledger_spool_and_ring(
     tmp_path: Folder, account: Account | None, committed: int, resumed: Account
 ) -> None:
     spool = spool_with(tmp_path, 7, "another" if account is None or account.ring == "another" else "ring")

@@ -108,7 +108,7 @@ NO_ANSWERS = {
 
 
 @pytest.mark.parametrize("name", NO_ANSWERS)
-def test_an_answer_that_no_registry_gives_is_ignored_and_earlier_ids_are_used(name: str, tmp_path: Path) -> None:
+def test_answers_of_other_services_are_ignored_and_earlier_ids_are_used(name: str, tmp_path: Path) -> None:
     with serving(NO_ANSWERS[name]) as (url, _):
         fresh = tmp_path / "fresh.json"
         with pytest.raises(UnavailableError):
@@ -318,7 +318,7 @@ def test_a_stop_ends_the_pause_between_attempts() -> None:
     [b"", b"null", b"[]", b"3", b"\xff\x00", b"{", b"[" * 100_000, b'{"a": "' + b"x" * (2 << 20) + b'"}'],
     ids=["empty", "null", "list", "number", "garbage", "cut", "deep", "2 MiB"],
 )
-def test_a_cache_file_of_anything_else_is_none(content: bytes, tmp_path: Path) -> None:
+def test_a_cache_file_with_anything_else_is_ignored(content: bytes, tmp_path: Path) -> None:
     cache = tmp_path / "ids.json"
     cache.write_bytes(content)
     with serving(reply(500, {})) as (url, _), pytest.raises(UnavailableError):

@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from producer.config.load import Capture, Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules.resolve import Ruleset, follow, resolve
 from producer.rules.tables import Action, Segment
+from producer.rules.users import Users
 from tests.support.procfs import open_files, without_descriptors
 from tests.support.rules import decide, first_match
 
@@ -84,7 +86,6 @@ def test_actions_are_by_stream() -> None:
     ("rule", "message"),
     [
         (RuleConfig(address=("10.0.0.1/8",)), "rule 1: 10.0.0.1/8 has host bits set"),
-        (RuleConfig(uid=("nobody-of-this-name",)), "rule 1: .*nobody-of-this-name"),
         (RuleConfig(address=("@/no/such/file",)), "rule 1: /no/such/file: No such file or directory"),
     ],
 )
@@ -122,7 +123,7 @@ def test_an_interface_and_a_namespace_that_do_not_exist_yet_match_nothing_until_
 
     (root / "app").symlink_to("/proc/self/ns/net")
     monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
-    followed = follow(ruleset, config, root)
+    followed = follow(ruleset, config, root, Users())
     assert not followed.absent
     assert [rule.interface for rule in followed.rules] == [(12, 9), ()]
     assert followed.rules[1].netns == (inode(Path("/proc/self/ns/net")),)
@@ -137,13 +138,47 @@ def test_an_interface_and_a_namespace_that_are_created_again_are_followed(
     (root / "app").symlink_to("/proc/self/ns/net")
     config = Config(rules=(RuleConfig(interface=("tun77", 9)), RuleConfig(netns=("app",))))
     before = resolve(config, root)
-    assert follow(before, config, root) == before
+    assert follow(before, config, root, Users()) == before
     monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
     (root / "app").unlink()
-    after = follow(before, config, root)
+    after = follow(before, config, root, Users())
     assert after.rules[0].interface == (13, 9)
     assert after.rules[1].netns != before.rules[1].netns
     assert [text.partition(": ")[2].partition(":")[0] for text in after.absent] == ["netns app"]
+
+
+def test_a_user_that_does_not_exist_yet_matches_nothing_until_it_does(root: Path) -> None:
+    """At a boot, the service that knows it comes later than the producer; DynamicUser= has it while a service runs."""
+    config = Config(rules=(RuleConfig(uid=(7, "root", "late"), interface=("lo",)),))
+    before = resolve(config, root)
+    assert before.absent == ("rule 1: uid late: no user has this name: it matches nothing until it exists",)
+    nowhere = ipaddress.ip_address("10.0.0.1")
+    segment = Segment(nowhere, nowhere, 1, 2, interface=before.rules[0].interface[0], uid=8)
+    assert decide(before.tables(), segment) == 1
+    assert decide(before.tables(), dataclasses.replace(segment, uid=7)) == 0
+
+    looks = Looks(late=8)
+    assert follow(before, config, root, looks) == before
+    assert looks.names == ["late"]
+    after = follow(before, config, root, looks)
+    assert (after.rules[0].uid, after.absent) == ((7, 0, 8), ())
+    assert follow(after, config, root, looks) == after
+    assert looks.names == []
+
+
+class Looks(Users):
+    """Finds users by the second time."""
+
+    def __init__(self, **users: int) -> None:
+        super().__init__()
+        self.names: Sequence[str] = []
+        self._users = users
+
+    def take(self, name: str) -> int | None:
+        return self._users[name] if name in self.names else None
+
+    def look(self, names: Sequence[str]) -> None:
+        self.names = names
 
 
 @pytest.mark.parametrize("rule", [RuleConfig(unit=("nginx.service",)), RuleConfig(interface=("lo",))])
@@ -152,10 +187,10 @@ def test_without_a_free_descriptor_nothing_counts_as_gone(root: Path, rule: Rule
     config = Config(rules=(rule,))
     before = resolve(config, root)
     with without_descriptors():
-        for look in (lambda: follow(before, config, root), lambda: resolve(config, root)):
+        for look in (lambda: follow(before, config, root, Users()), lambda: resolve(config, root)):
             with pytest.raises(OSError, match="Too many open files"):
                 look()
-    assert follow(before, config, root) == before
+    assert follow(before, config, root, Users()) == before
 
 
 def test_a_filter_and_rules_exclude_each_other() -> None:
@@ -170,9 +205,9 @@ def test_cgroups_are_followed_and_files_are_not_read_again(root: Path) -> None:
     config = Config(rules=(rule,))
     before = resolve(config, root)
     peers.unlink()
-    assert follow(before, config, root) == before
+    assert follow(before, config, root, Users()) == before
     (root / "system.slice/late.service").mkdir()
-    after = follow(before, config, root)
+    after = follow(before, config, root, Users())
     assert after.rules[0].cgroup == (inode(root / "system.slice/late.service"),)
     assert after.rules[0].remote_address == before.rules[0].remote_address
 

@@ -93,7 +93,7 @@ def test_the_last_file_is_not_deleted_for_being_unreadable(setup: Setup, ledger:
 
 
 @pytest.mark.parametrize("torn", ["nothing", "the header", "a part of the first batch"])
-def test_what_was_being_written_first_leaves_nothing(setup: Setup, torn: str) -> None:
+def test_an_interrupted_first_write_leaves_nothing(setup: Setup, torn: str) -> None:
     setup.filled(1).close()
     (path,) = setup.files
     whole = path.read_bytes()

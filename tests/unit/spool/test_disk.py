@@ -72,7 +72,7 @@ def test_a_file_that_could_not_be_removed_is_written_anew(setup: Setup) -> None:
     assert (setup.names, spool.lost) == ([], {})
 
 
-def test_where_half_a_batch_cannot_be_cut_off_nothing_is_written_behind_it(setup: Setup) -> None:
+def test_nothing_is_written_behind_half_a_batch_that_cannot_be_cut_off(setup: Setup) -> None:
     spool = setup.filled(1)
     setup.disk.room = BLOCK_BYTES // 2
     setup.disk.fails = {"truncate": errno.EIO}
@@ -88,7 +88,7 @@ def test_where_half_a_batch_cannot_be_cut_off_nothing_is_written_behind_it(setup
     assert not spool.lost
 
 
-def test_a_batch_that_is_there_though_its_write_failed_is_not_there_twice(setup: Setup) -> None:
+def test_a_batch_on_disk_despite_a_failed_write_is_not_there_twice(setup: Setup) -> None:
     spool = setup.filled(1)
     setup.disk.fails = {"written": errno.EIO, "truncate": errno.EIO}
     with pytest.raises(OSError, match="Input/output error"):
@@ -170,7 +170,9 @@ def finish_with_patience(setup: Setup, spool: Spool) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("call", ["open", "read"])
-def test_what_cannot_be_read_for_minutes_is_lost_and_counted_and_the_file_set_aside(setup: Setup, call: str) -> None:
+def test_a_file_that_cannot_be_read_for_minutes_is_set_aside_and_its_events_are_counted(
+    setup: Setup, call: str
+) -> None:
     spool = setup.filled(6)
     first = spool.read()
     assert first
@@ -233,7 +235,7 @@ def test_nothing_is_set_aside_for_want_of_descriptors_memory_or_permission_at_a_
     assert setup.names == []
 
 
-def test_where_nothing_can_be_removed_the_ledger_says_what_is_done(setup: Setup) -> None:
+def test_if_nothing_can_be_removed_the_ledger_has_what_is_done(setup: Setup) -> None:
     spool = setup.filled(6)
     setup.disk.fails = {"unlink": errno.EROFS, "rename": errno.EROFS}
     assert finish(spool) == list(range(60))

@@ -1,4 +1,4 @@
-"""A segment: batches come back as they went in, any Avro reader reads it, and damage costs no more than it touches."""
+"""A spool file: batches are read back as written, any Avro reader reads it, and damage costs only what it touches."""
 
 import io
 import os
@@ -79,7 +79,7 @@ places = st.tuples(st.integers(0, 1 << 62), st.text(max_size=20), st.integers(0,
 
 
 @given(st.lists(st.tuples(messages, st.integers(0, 9), places), max_size=4))
-def test_what_is_written_is_read(drawn: list[Any]) -> None:
+def test_batches_are_read_as_written(drawn: list[Any]) -> None:
     written = [Spooled(batch_of(told, gap), *place) for told, gap, place in drawn]
     reader = reader_of(file_of(written))
 
@@ -88,7 +88,7 @@ def test_what_is_written_is_read(drawn: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4096])
-def test_batches_of_any_size_come_back(count: int) -> None:
+def test_batches_of_any_size_are_read_back(count: int) -> None:
     (back,) = read_all(reader_of(file_of([Spooled(batch_of(numbered(count)), 7, "ring", 9, "")])))
     assert messages_of(back.batch) == numbered(count)
     assert (back.first, back.end) == (7, 7 + count)
@@ -125,7 +125,7 @@ def test_a_reader_goes_on_when_more_is_written() -> None:
     assert not reader.damaged
 
 
-def test_what_is_no_segment_of_this_version_is_refused() -> None:
+def test_files_of_other_formats_and_versions_are_refused() -> None:
     plain = io.BytesIO()
     fastavro.writer(plain, container_schema(SCHEMA), [], metadata={"rebpf.format": "2"})
     own = file_of([])
@@ -250,7 +250,7 @@ def test_a_piece_that_is_missing_costs_what_it_touches(offset: int, size: int) -
     assert_read(data, set(range(block_at(offset), last + 2)), told=False)
 
 
-def test_damage_is_passed_over_in_a_file_that_is_longer_than_a_look() -> None:
+def test_damage_is_skipped_in_a_file_longer_than_one_read() -> None:
     """The next marker is further away than one piece that is searched, and lies across two pieces."""
     noise = os.urandom((1 << 20) - 3)
     data = FILE[: ENDS[1]] + noise + SYNC + FILE[ENDS[1] :]
@@ -261,7 +261,7 @@ def test_damage_is_passed_over_in_a_file_that_is_longer_than_a_look() -> None:
 
 
 @pytest.mark.parametrize("size", [100, 1 << 18])
-def test_of_a_long_file_only_the_end_is_read_for_its_last_batch(size: int) -> None:
+def test_only_the_end_of_a_long_file_is_read_for_its_last_batch(size: int) -> None:
     """Also if the last batch is larger than what is looked at first."""
     wanted = Spooled(batch_of([(b"key", os.urandom(size))]), 48, "ring", 48, "")
     noise = [block(Spooled(batch_of([(b"key", os.urandom(1 << 20))]), 0, "ring", 0, ""), SYNC)] * 80

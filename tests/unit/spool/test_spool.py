@@ -27,7 +27,7 @@ def test_files_are_named_by_their_first_event_and_are_their_owners_alone(setup: 
     assert spool.size_bytes == size_on_disk(setup)
 
 
-def test_what_is_done_is_deleted_file_by_file(setup: Setup) -> None:
+def test_acknowledged_events_are_deleted_file_by_file(setup: Setup) -> None:
     spool = setup.filled(7)
     for _ in range(4):
         spooled = spool.read()
@@ -40,7 +40,7 @@ def test_what_is_done_is_deleted_file_by_file(setup: Setup) -> None:
     assert (setup.names, spool.size_bytes, spool.lost) == ([], 0, {})
 
 
-def test_what_was_read_and_is_not_done_is_there_for_the_next_start(setup: Setup) -> None:
+def test_events_that_were_read_but_not_acknowledged_are_there_at_the_next_start(setup: Setup) -> None:
     spool = setup.filled(4)
     spooled = spool.read()
     assert spooled
@@ -51,7 +51,7 @@ def test_what_was_read_and_is_not_done_is_there_for_the_next_start(setup: Setup)
     assert read_all(setup.open(ledger)) == list(range(10, 40))
 
 
-def test_numbers_go_on_over_restarts(setup: Setup) -> None:
+def test_numbers_continue_over_restarts(setup: Setup) -> None:
     ledger = None
     for start in range(3):
         spool = setup.open(ledger)
@@ -90,7 +90,7 @@ def test_after_a_run_without_a_spool_what_was_done_before_is_not_lost(setup: Set
     assert not spool.lost
 
 
-def test_what_is_read_while_more_is_written_is_whole(setup: Setup) -> None:
+def test_a_read_during_writes_returns_whole_batches(setup: Setup) -> None:
     spool = setup.open()
     found = []
     for _ in range(8):

@@ -155,7 +155,7 @@ def test_the_lanes_have_all_folders_of_their_tier(tier: str) -> None:
         assert all((ROOT / path).exists() for path in moved)
 
 
-def test_what_was_not_run_is_from_the_last_summary() -> None:
+def test_tests_that_were_not_run_are_from_the_last_summary() -> None:
     text = (
         "= short test summary info =\nSKIPPED [1] of the guest\n"
         "NOT RUN in this tier: 3 tests of tests/vm (run scripts/test --all)\n"

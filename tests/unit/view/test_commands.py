@@ -210,7 +210,7 @@ def test_wrong_options_have_one_line(arguments: list[str], expected: str) -> Non
     assert len(done.stderr.splitlines()) <= 3
 
 
-def test_what_limits_a_connection_is_judged_between_two_records_or_since_its_start() -> None:
+def test_limits_are_judged_between_two_records_or_since_the_start() -> None:
     first, last = CONNECTIONS.rows()
     assert judged(first, last) == ("loss", 2)
     assert judged(last, last) == ("loss", 2)

@@ -70,7 +70,7 @@ def test_only_what_is_unseen_since_the_beginning_counts() -> None:
     assert unseen.segs == 9
 
 
-def test_what_a_connection_without_an_owner_had_before_it_was_found_is_not_lost() -> None:
+def test_earlier_retransmissions_of_a_connection_without_an_owner_are_not_lost() -> None:
     unseen = Unseen()
     unseen.add(row(1, 0), beginning=True)
     unseen.add(row(2, 1816), beginning=False)

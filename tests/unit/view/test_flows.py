@@ -228,7 +228,7 @@ def test_details_are_of_the_last_minute() -> None:
     ]
 
 
-def test_what_is_older_than_a_minute_is_forgotten() -> None:
+def test_retransmissions_older_than_a_minute_are_forgotten() -> None:
     found = started()
     add_retransmits(found, NOW, {"daddr": "10.9.9.9", "sk_cookie": 8})
     add_retransmits(found, NOW + HISTORY_S / 2, {"segs": 2})

@@ -184,7 +184,7 @@ def test_a_failed_retransmit_says_the_error() -> None:
     assert " rto #3 err -1 " in plain({**RETRANSMIT, "err": -1})
 
 
-def test_what_is_unknown_is_left_out() -> None:
+def test_unknown_values_are_left_out() -> None:
     unknown = dict.fromkeys(("retransmit_no", "rto_us", "srtt_us"))
     assert plain({**RETRANSMIT, **unknown}).split()[1:3] == ["rto", "web-1"]
 

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from producer.cli import view as command
 from producer.view import table as tables
 from producer.view.keys import Choice
-from producer.view.screen import Frame, Look, percent, rate, render, sparkline
+from producer.view.screen import Display, Frame, percent, rate, render, sparkline
 from producer.view.table import SORTS, Detail, Line, Table
 from producer.view.terminal import _parsed
 
@@ -25,8 +25,8 @@ def frame(**changed: Any) -> Frame:
     return Frame(found, **{**values, **changed})
 
 
-def look(width: int, height: int, *, color: bool = False) -> Look:
-    return Look(width, height, color, unicode=True)
+def display(width: int, height: int, *, color: bool = False) -> Display:
+    return Display(width, height, color, unicode=True)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (20, 5), (43, 7), (300, 6), (15, 4), (1, 1)])
@@ -38,7 +38,7 @@ def test_the_screen_has_its_size(width: int, height: int) -> None:
         frame(has_help=True),
     )  # fmt: skip
     for shown in shown_frames:
-        lines = render(shown, look(width, height))
+        lines = render(shown, display(width, height))
         assert len(lines) == height
         assert max(map(len, lines)) <= width
 
@@ -49,41 +49,41 @@ def test_names_of_wide_and_combining_characters_stay_in_their_column(name: str) 
     line = BAD._replace(name=name)
     for columns in (80, 200):
         plain, shown = (
-            render(Frame(Table(BAD, [each], 1), **{**_fields(frame()), "by": "host"}), look(columns, 24))
+            render(Frame(Table(BAD, [each], 1), **{**_fields(frame()), "by": "host"}), display(columns, 24))
             for each in (BAD._replace(name="x" * cell_len(name)), line)
         )
         assert cell_len(shown[3].partition(" 7.2 ")[0]) == len(plain[3].partition(" 7.2 ")[0])
-        of_details = render(frame(details=[detail, detail._replace(host="y")], source=name), look(columns, 24))
+        of_details = render(frame(details=[detail, detail._replace(host="y")], source=name), display(columns, 24))
         assert max(map(cell_len, [*shown, *of_details])) <= columns
 
 
 def test_80_columns_show_the_peer_and_why() -> None:
     shown = frame()
-    lines = render(Frame(Table(BAD, [BAD], 1), **_fields(shown)), look(80, 24))
+    lines = render(Frame(Table(BAD, [BAD], 1), **_fields(shown)), display(80, 24))
     assert lines[2].split() == ["PEER", "RETR/S", "RATIO", "SEGS/S", "FAIL", "SRTT", "CAUSE", "LIMIT"]
     assert lines[3].split() == [">10.2.0.9", "7.2", "3.10%", "12.3k", "3", "1.5ms", "fast", "loss"]
 
 
 def test_a_line_of_a_cause_has_no_columns_of_connections() -> None:
     lines = render(
-        Frame(Table(BAD, [BAD._replace(name="rto")], 1), **{**_fields(frame()), "by": "cause"}), look(80, 24)
+        Frame(Table(BAD, [BAD._replace(name="rto")], 1), **{**_fields(frame()), "by": "cause"}), display(80, 24)
     )
     assert lines[2].split() == ["CAUSE", "RETR/S", "LAST", "MINUTE"]
 
 
 def test_thousands_of_failed_connects_fit_their_column() -> None:
-    lines = render(Frame(Table(BAD, [BAD._replace(failed=12_345)], 1), **_fields(frame())), look(80, 24))
+    lines = render(Frame(Table(BAD, [BAD._replace(failed=12_345)], 1), **_fields(frame())), display(80, 24))
     assert lines[3].split()[4] == "12.3k"
 
 
 def test_a_long_name_takes_the_place_of_columns() -> None:
     name = "10.111.139.57:53990 > 10.99.0.7:7411"
-    lines = render(Frame(Table(BAD, [BAD._replace(name=name)], 1), **_fields(frame())), look(80, 24))
+    lines = render(Frame(Table(BAD, [BAD._replace(name=name)], 1), **_fields(frame())), display(80, 24))
     assert lines[3].split()[:4] == [*f">{name}".split(), "7.2"]
 
 
 def test_a_wide_screen_shows_everything() -> None:
-    lines = render(frame(), look(200, 50))
+    lines = render(frame(), display(200, 50))
     assert "LAST MINUTE" in lines[2]
     assert "fast 80 rto 7" in lines[3]
     assert "kernel RetransSegs 7, seen 7" in lines[1]
@@ -92,7 +92,7 @@ def test_a_wide_screen_shows_everything() -> None:
 
 def test_details_name_the_connection_on_any_screen() -> None:
     detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "web-1", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
-    narrow, wide = (render(frame(details=[detail]), look(width, 24)) for width in (80, 120))
+    narrow, wide = (render(frame(details=[detail]), display(width, 24)) for width in (80, 120))
     assert narrow[2] == "10.2.0.9  last minute: fast 80 rto 7"
     assert narrow[5].endswith(" loss        nginx      10.2.0.9:51234")
     assert wide[5].endswith(" nginx      10.0.0.1:39212 > 10.2.0.9:51234")
@@ -103,20 +103,21 @@ def test_details_name_the_hosts_if_there_are_several() -> None:
         Detail("10.0.0.1:39212 > 10.2.0.9:51234", host, "nginx", 7, 0.03, 10, 3, 0, 0, "loss")
         for host in ("web-1", "web-2")
     ]
-    lines = render(frame(details=of_host), look(80, 24))
+    lines = render(frame(details=of_host), display(80, 24))
     assert [line.split()[-2:] for line in lines[5:7]] == [["web-1", "10.2.0.9:51234"], ["web-2", "10.2.0.9:51234"]]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_long_names_of_brokers_leave_the_rates_on_the_screen(width: int) -> None:
     brokers = ",".join(f"kafka-{number}.prod.example.com:9092" for number in range(9))
-    assert "7.2 retransmitted/s  3.10%" in render(frame(source=brokers), look(width, 10))[0]
+    assert "7.2 retransmitted/s  3.10%" in render(frame(source=brokers), display(width, 10))[0]
 
 
 def test_a_flow_that_is_too_long_shows_its_peer() -> None:
     ends = "[2001:db8:ffff:1111:2222:3333:4444:5555]:40006", "[2001:db8:aaaa:1111:2222:3333:4444:5555]:443"
     lines = render(
-        Frame(Table(BAD, [BAD._replace(name=" > ".join(ends))], 1), **{**_fields(frame()), "by": "flow"}), look(80, 24)
+        Frame(Table(BAD, [BAD._replace(name=" > ".join(ends))], 1), **{**_fields(frame()), "by": "flow"}),
+        display(80, 24),
     )
     assert lines[3].startswith(">> [2001:db8:aaaa:1111:")
 
@@ -124,30 +125,30 @@ def test_a_flow_that_is_too_long_shows_its_peer() -> None:
 def test_a_wide_screen_has_room_for_the_flows_of_ipv6() -> None:
     flow = "[2001:db8:ffff:1111::2222]:40006 > [2001:db8:aaaa:1111::1]:443"
     shown = Frame(Table(BAD, [BAD._replace(name=flow)], 1), **{**_fields(frame()), "by": "flow"})
-    line = render(shown, look(200, 24))[3]
+    line = render(shown, display(200, 24))[3]
     assert (line.startswith(f">{flow} "), line.rstrip().endswith("fast 80 rto 7")) == (True, True)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_narrow_screens_drop_what_is_less_important_than_who_loses_how_much(width: int) -> None:
-    first = render(frame(), look(width, 10))[0]
+    first = render(frame(), display(width, 10))[0]
     assert "7.2 retransmitted/s  3.10%" in first
     detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "web-1", "nginx", 7, 0.03, 10, 3, 0, 0, "loss")
-    line = render(frame(details=[detail]), look(width, 10))[5]
+    line = render(frame(details=[detail]), display(width, 10))[5]
     assert line.split()[:2] == ["7", "3.00%"]
     assert line.endswith("10.2.0.9:51234")
     assert "0us" not in line, "no time is measured yet"
 
 
 def test_details_stay_those_of_their_line_when_it_has_left_the_table() -> None:
-    lines = render(frame(details=[], name="10.2.0.77"), look(80, 24))
+    lines = render(frame(details=[], name="10.2.0.77"), display(80, 24))
     assert lines[2] == "10.2.0.77"
 
 
 def test_the_selected_line_is_on_the_screen() -> None:
     peers = [BAD._replace(name=f"10.2.0.{number}") for number in range(40)]
     shown = Frame(Table(BAD, peers, 40), **{**_fields(frame()), "selected": 30})
-    lines = render(shown, look(80, 24))
+    lines = render(shown, display(80, 24))
     assert [line.split()[0] for line in lines[3:-1]] == [
         *(f"10.2.0.{number}" for number in range(11, 30)),
         ">10.2.0.30",
@@ -155,16 +156,16 @@ def test_the_selected_line_is_on_the_screen() -> None:
 
 
 def test_the_head_says_what_the_rates_cover() -> None:
-    first, second = render(frame(), look(80, 24))[:2]
+    first, second = render(frame(), display(80, 24))[:2]
     assert first == "rebpf top  web-1  last 10 s: 7.2 retransmitted/s  3.10%  12.3k segments/s"
     assert second == "3 peers, by retransmitted  lost events 0  kernel RetransSegs 7, seen 7"
     one = Frame(Table(BAD, [BAD], 1), **_fields(frame()))
-    assert render(one, look(80, 24))[1].startswith("1 peer, ")
+    assert render(one, display(80, 24))[1].startswith("1 peer, ")
 
 
 def test_help_explains_all_columns_and_fits_a_small_screen() -> None:
-    titles = render(frame(), look(200, 50))[2].split()
-    shown = render(frame(has_help=True), look(80, 24))
+    titles = render(frame(), display(200, 50))[2].split()
+    shown = render(frame(has_help=True), display(80, 24))
     assert all(title in " ".join(shown[2:-2]) for title in titles[1:] if title not in ("LAST", "MINUTE"))
     assert shown[-2] == ""
     assert not [line for line in shown if line.endswith("~")]
@@ -172,21 +173,21 @@ def test_help_explains_all_columns_and_fits_a_small_screen() -> None:
 
 def test_the_way_out_is_shown_on_the_narrowest_screen() -> None:
     for shown in (frame(), frame(details=[]), frame(has_help=True)):
-        assert "q)uit" in render(shown, look(20, 5))[-1]
+        assert "q)uit" in render(shown, display(20, 5))[-1]
 
 
 def test_foreign_names_cannot_move_the_cursor() -> None:
-    assert not [line for line in render(frame(), look(200, 50)) if "\x1b" in line]
-    colored = render(frame(), look(200, 50, color=True))
+    assert not [line for line in render(frame(), display(200, 50)) if "\x1b" in line]
+    colored = render(frame(), display(200, 50, color=True))
     assert "\x1b[1;31m" in colored[3]
     assert "\x1b[2J" not in "".join(colored)
 
 
 def test_an_empty_table_says_so() -> None:
     nothing = Table(EVIL, [], 0)
-    assert "No traffic yet." in render(Frame(nothing, **_fields(frame())), look(80, 24))[3]
+    assert "No traffic yet." in render(Frame(nothing, **_fields(frame())), display(80, 24))[3]
     chosen = Frame(nothing, **{**_fields(frame()), "filter_text": "host web-*"})
-    assert "Nothing matches the filter yet." in render(chosen, look(80, 24))[3]
+    assert "Nothing matches the filter yet." in render(chosen, display(80, 24))[3]
 
 
 def _fields(shown: Frame) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def test_a_filter_is_typed_in_place() -> None:
     assert "expected a port" in message
     assert (typed, caret) == ("/port x", "      ^")
     assert press("/", *"  port x", "enter").message == wrong.message
-    long = render(frame(message=press("/", *" or ".join(["port 22"] * 20)).message), look(80, 24))[-1]
+    long = render(frame(message=press("/", *" or ".join(["port 22"] * 20)).message), display(80, 24))[-1]
     assert (long[0], long[-10:], len(long)) == ("~", "r port 22_", 80)
     assert press("/", *"port x", "enter", "backspace", "1", "enter").filter_text == "port 1"
 

@@ -20,7 +20,7 @@ from producer.schemas import load_schema
 from producer.view.flows import Flows
 from producer.view.keys import Choice
 from producer.view.records import Records
-from producer.view.screen import Frame, Look, render
+from producer.view.screen import Display, Frame, render
 from producer.view.table import SORTS, details, table
 from producer.view.topics import TopicSource
 from tests.support import mock_cluster
@@ -154,7 +154,7 @@ def test_without_a_selection_the_first_line_is_the_worst_peer(cluster: Cluster, 
     assert after(view).name == "10.2.0.3"
 
 
-def test_a_paused_table_stands_still_and_can_be_sorted(cluster: Cluster, view: Top) -> None:
+def test_a_paused_table_is_frozen_and_can_be_sorted(cluster: Cluster, view: Top) -> None:
     after(view)
     before = after(view, " ", "down")
     several(cluster, {"10.2.0.3": 50})
@@ -228,7 +228,7 @@ def test_numbers_that_no_kernel_writes_are_shown_somehow(rows: list[dict[str, An
     rest = details(found, by, made.lines[0].name, 9.0, 5) if made.lines else None
     frame = Frame(made, by, sort, "", "fleet", 0, False, "", rest, None, 0)
     for size in ((80, 24), (200, 50)):
-        lines = render(frame, Look(*size, color=False, unicode=True))
+        lines = render(frame, Display(*size, color=False, unicode=True))
         assert all(line.isprintable() for line in lines)
     found.forget(1000.0)
     assert len(found.rows) == 0

@@ -1,4 +1,4 @@
-"""What rules name is followed without a reload: looked for in a thread, and again if that fails."""
+"""The names in rules are followed without a reload: looked up in a thread, and again if that fails."""
 
 import contextlib
 import threading
@@ -33,11 +33,11 @@ def in_force_of(config: Config, cgroups: Path) -> tuple[InForce, Hooks]:
 
 
 def make_due(in_force: InForce) -> None:
-    """Let the next look start at once."""
-    in_force._look_at, in_force._look_pace = 0, Pace()
+    """Let the next lookup start at once."""
+    in_force._lookup_at, in_force._lookup_pace = 0, Pace()
 
 
-def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_of_many_cgroups_does_not_block_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
     config = Config(rules=(RuleConfig(unit=("new.service",)),))
 
@@ -49,11 +49,11 @@ def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypa
     in_force, hooks = in_force_of(config, tmp_path)
     (tmp_path / "new.service").mkdir()
     make_due(in_force)
-    in_force.look()
-    in_force.look()
+    in_force.follow_names()
+    in_force.follow_names()
     assert not hooks.tables
     may_end.set()
-    wait_until("the rules follow", lambda: in_force.look() or hooks.tables)
+    wait_until("the rules follow", lambda: in_force.follow_names() or hooks.tables)
     assert in_force.version == 2
 
 
@@ -67,15 +67,17 @@ def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
     assert f"rules: {reason}" in caplog.text
     monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
     make_due(in_force)
-    wait_until("the rules follow", lambda: in_force.look() or hooks.tables)
+    wait_until("the rules follow", lambda: in_force.follow_names() or hooks.tables)
     assert (in_force.reasons, hooks.tables[0].values["interface"]) == ([], {12: 1})
     monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
     make_due(in_force)
-    wait_until("the rules follow an interface that was created again", lambda: in_force.look() or hooks.tables[1:])
+    wait_until(
+        "the rules follow an interface that was created again", lambda: in_force.follow_names() or hooks.tables[1:]
+    )
     assert hooks.tables[1].values["interface"] == {13: 1}
 
 
-def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
+def test_an_error_in_a_lookup_is_a_failed_step_and_the_next_lookup_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_force, _ = in_force_of(Config(rules=(RuleConfig(unit=("new.service",)),)), tmp_path)
@@ -83,12 +85,12 @@ def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            wait_until("the failure", in_force.look)
-        with pytest.raises(ZeroDivisionError):  # it lasts until a look succeeds
-            in_force.look()
+            wait_until("the failure", in_force.follow_names)
+        with pytest.raises(ZeroDivisionError):  # it lasts until a lookup succeeds
+            in_force.follow_names()
     (tmp_path / "new.service").mkdir()
     make_due(in_force)
     with contextlib.suppress(ZeroDivisionError):
-        in_force.look()  # starts the next one
-    wait_until("it is over", lambda: in_force._look_error is None)
-    wait_until("the rules follow", lambda: in_force.look() or in_force.version == 2)
+        in_force.follow_names()  # starts the next one
+    wait_until("it is over", lambda: in_force._lookup_error is None)
+    wait_until("the rules follow", lambda: in_force.follow_names() or in_force.version == 2)

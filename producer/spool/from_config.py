@@ -1,4 +1,4 @@
-"""A stream's spool, quarantine and ledger, where the configuration has them."""
+"""A stream's spool, quarantine and ledger, with the paths and sizes of the configuration."""
 
 from pathlib import Path
 

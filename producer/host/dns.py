@@ -1,4 +1,4 @@
-"""A host's address, without waiting for it: name resolution has no configurable timeout."""
+"""Resolves host names without blocking: the C library's name resolution has no configurable timeout."""
 
 import errno
 import ipaddress

@@ -3,7 +3,7 @@
 import pytest
 
 from producer.errors import UsageError
-from producer.host.when import parse_time
+from producer.host.times import parse_time
 
 NOW_NS = 1_795_982_400_000_000_000
 LATEST_NS = (1 << 63) - 1

@@ -32,8 +32,8 @@ def runs(reports: Reports, *, alone: bool) -> list[Run]:
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
-    """A batch of which messages are in flight."""
+class Delivery:
+    """The delivery of a batch, until all of its messages are acknowledged or lost."""
 
     number: int
     batch: EncodedBatch

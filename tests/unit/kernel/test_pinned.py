@@ -10,7 +10,7 @@ import pytest
 
 from producer.commands.check import examine
 from producer.config.load import Config
-from producer.errors import ConfigError, UnavailableError
+from producer.errors import BusyError, ConfigError, UnavailableError
 from producer.kernel.pinned import PinFolder
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="mounting a bpffs needs root")]
@@ -74,7 +74,7 @@ def test_a_folder_in_which_others_could_pin_is_refused(pins: Path, mode: int, ow
     assert_refused(pins, "belongs to uid 0 and that nobody else can write to")
 
 
-def test_what_an_interrupted_start_left_is_removed(pins: Path) -> None:
+def test_leftovers_of_an_interrupted_start_are_removed(pins: Path) -> None:
     for name in ("transmit_pipe", "link_0", "retransmit_1"):
         (pins / f"{name}_{7:016x}").symlink_to("ours")
     (pins / "manifest_new").symlink_to("ours")
@@ -139,3 +139,14 @@ def test_without_a_bpffs_the_error_says_how_to_mount_one(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"not in a bpffs\. Mount one"), PinFolder(tmp_path / "a" / "pins"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_of_another_producer_stops_a_start_and_check_says_so(pins: Path) -> None:
+    """Of one with another state folder, whose lock does not show it."""
+    config = Config().with_values(capture__pin=pins, state_dir=pins.parents[1] / "state")
+    with PinFolder(pins):
+        with pytest.raises(BusyError), PinFolder(pins):
+            pass
+        findings = examine(config, servers=False)
+    assert [each.exit_code for each in findings if each.subject == "capture.pin"] == [BusyError.exit_code]
+    assert [each.exit_code for each in examine(config, servers=False) if each.subject == "capture.pin"] == [0]
