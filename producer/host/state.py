@@ -30,7 +30,7 @@ from producer.host.text import parse_json
 
 logger = logging.getLogger(__name__)
 
-# A look of another process, such as `is_locked`, holds the lock for a moment.
+# Another process holds the lock for a moment when it tests it, as `is_locked` does.
 LOCKING = Retrying(
     retry=retry_if_exception_type(BlockingIOError),
     wait=wait_random(0.001, 0.01),

@@ -128,7 +128,7 @@ def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None, users: Us
         followed = dataclasses.replace(rule, cgroup=_cgroups(source, cgroups), netns=netns, uid=uid)
         rules.append(dataclasses.replace(followed, interface=interface))
         missing += [name for name, uid in zip(named, uid, strict=True) if uid == _NEVER]
-    users.look(list(map(str, missing)))
+    users.look_up(list(map(str, missing)))
     return Ruleset(tuple(rules), ruleset.default, _above(rules, cgroups), tuple(absent))
 
 

@@ -1,4 +1,4 @@
-"""Looks again for users that no name service knew when the rules were read, in a thread of its own.
+"""Looks up users that no name service knew when the rules were read, in a thread of its own.
 
 A name service may be a directory in the network. At a boot, it may start later than the producer, and it can take
 minutes to answer, while cgroups are still followed.
@@ -18,23 +18,23 @@ class Users:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._look_at_s = 0.0
+        self._lookup_at_s = 0.0
         self._thread: threading.Thread | None = None
         self._found: dict[str, int] = {}
 
     def take(self, name: str) -> int | None:
-        """Return the id that the last look has found, once: a user can be replaced."""
+        """Return the id that the last lookup has found, once: a user can be replaced."""
         return self._found.pop(name, None)
 
-    def look(self, names: Sequence[str]) -> None:
-        """Start to look for users, unless a look runs or was started in the last 30 s.
+    def look_up(self, names: Sequence[str]) -> None:
+        """Start to look up users, unless a lookup runs or was started in the last 30 s.
 
         Raises RuntimeError if no thread can be started.
         """
-        is_looking = self._thread is not None and self._thread.is_alive()
-        if not names or is_looking or self._clock() < self._look_at_s:
+        is_running = self._thread is not None and self._thread.is_alive()
+        if not names or is_running or self._clock() < self._lookup_at_s:
             return
-        self._look_at_s = self._clock() + _INTERVAL_S
+        self._lookup_at_s = self._clock() + _INTERVAL_S
         thread = threading.Thread(target=self._find, args=(names,), name="users", daemon=True)
         thread.start()
         self._thread = thread

@@ -1,7 +1,6 @@
 """The recording and the namespaces that most kernel tests share: loading takes a second here, a minute in a VM."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import STREAMS
 from tests.support.capture import Recording, hook_settings
+from tests.support.disks import bpffs
 from tests.support.rebpf import COMPILED
 from tests.support.rules import filtered
 
@@ -62,10 +62,5 @@ def port() -> int:
 @pytest.fixture
 def pins(tmp_path: Path) -> Iterator[Path]:
     """A folder for pins in a bpffs of its own."""
-    folder = tmp_path / "bpffs"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
-    try:
+    with bpffs(tmp_path / "bpffs") as folder:
         yield folder / "pins"
-    finally:
-        subprocess.run(["umount", folder], check=True)

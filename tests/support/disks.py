@@ -1,4 +1,4 @@
-"""Full disks: a file system of 1 MiB, which only root can mount, and a limit on the size of files."""
+"""File systems that only root can mount: one of 1 MiB, and a bpffs. And a limit on the size of files."""
 
 import os
 import resource
@@ -13,6 +13,17 @@ def small_disk(folder: Path) -> Iterator[Path]:
     """Mount a file system of 1 MiB at `folder`."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "rebpf-test", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def bpffs(folder: Path) -> Iterator[Path]:
+    """Mount a bpffs at `folder`."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
     try:
         yield folder
     finally:

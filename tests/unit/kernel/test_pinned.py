@@ -12,20 +12,16 @@ from producer.commands.check import examine
 from producer.config.load import Config
 from producer.errors import BusyError, ConfigError, UnavailableError
 from producer.kernel.pinned import PinFolder
+from tests.support.disks import bpffs
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="mounting a bpffs needs root")]
 
 
 @pytest.fixture
 def pins(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "bpffs"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
-    try:
+    with bpffs(tmp_path / "bpffs") as folder:
         (folder / "pins").mkdir(mode=0o700)
         yield folder / "pins"
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def assert_refused(pins: Path, why: str) -> None:

@@ -177,7 +177,7 @@ class Looks(Users):
     def take(self, name: str) -> int | None:
         return self._users[name] if name in self.names else None
 
-    def look(self, names: Sequence[str]) -> None:
+    def look_up(self, names: Sequence[str]) -> None:
         self.names = names
 
 

@@ -23,16 +23,16 @@ def test_a_name_service_that_hangs_holds_nobody_and_its_answer_counts_once(monke
     monkeypatch.setattr(pwd, "getpwnam", look_up)
     clock = [0.0]
     users = Users(lambda: clock[0])
-    users.look([])
+    users.look_up([])
     assert asked == []
     for clock[0] in (0.0, 29.0, 100.0):
-        users.look(["none", "late"])
+        users.look_up(["none", "late"])
     wait_until("the name service is asked", lambda: asked)
     assert asked == ["none"], "one look at a time"
     assert users.take("late") is None
     answers.set()
     assert wait_until("the user is found", lambda: users.take("late")) == 7
     assert users.take("late") is users.take("none") is None
-    wait_until("the look has ended", lambda: users.look(["late"]) or len(asked) > 2)
-    users.look(["late"])
+    wait_until("the lookup has ended", lambda: users.look_up(["late"]) or len(asked) > 2)
+    users.look_up(["late"])
     assert asked == ["none", "late", "late"], "at most every 30 s"
